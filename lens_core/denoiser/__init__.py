@@ -1,0 +1,5 @@
+"""Latents, text features and noise level to velocity."""
+
+from .transformer import LensDenoiser
+
+__all__ = ["LensDenoiser"]

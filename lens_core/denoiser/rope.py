@@ -1,0 +1,44 @@
+"""Axial rotary positions of the joint image and text sequence.
+
+Three axes (frame, row, column) turn 8, 28 and 28 of the 64 channels of a head; adjacent channels
+are the real and imaginary part of one complex number. Image rows and columns are centred on zero;
+text token p sits at max(h // 2, w // 2) + p on all three axes, past the picture's corner.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def joint_positions(height: int, width: int, text_length: int) -> Tensor:
+    """Positions [N + S, 3] (frame, row, column) of ``height`` x ``width`` image tokens, then text."""
+    rows = torch.arange(height, dtype=torch.float64) - (height - height // 2)
+    columns = torch.arange(width, dtype=torch.float64) - (width - width // 2)
+    image = torch.zeros(height, width, 3, dtype=torch.float64)
+    image[..., 1] = rows[:, None]
+    image[..., 2] = columns[None, :]
+    first = max(height // 2, width // 2)
+    text = torch.arange(first, first + text_length, dtype=torch.float64)[:, None].expand(-1, 3)
+    return torch.cat([image.flatten(0, 1), text])
+
+
+def rotary_table(positions: Tensor, axes_dims: tuple[int, ...], theta: float) -> Tensor:
+    """Cosine and sine of every rotation, [2, T, D / 2] in fp32, for positions [T, axes].
+
+    Angles are formed in fp64: at 1440 pixels fp32 loses the last four bits of the fastest axis.
+    """
+    angles = []
+    for axis, dim in enumerate(axes_dims):
+        frequencies = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+        angles.append(positions[:, axis, None] * frequencies)
+    angle = torch.cat(angles, dim=-1)
+    return torch.stack([angle.cos(), angle.sin()]).float()
+
+
+def apply_rotary(x: Tensor, table: Tensor) -> Tensor:
+    """Rotate x [B, T, heads, D] by table [2, T, D / 2]; computed in fp32, returned in x's dtype."""
+    cos, sin = table[0, :, None, :], table[1, :, None, :]
+    real, imaginary = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    rotated = torch.stack([real * cos - imaginary * sin, real * sin + imaginary * cos], dim=-1)
+    return rotated.flatten(-2).to(x.dtype)

@@ -1,0 +1,49 @@
+"""Errors that a person reads: what was expected, what came, what to do.
+
+Every error that this package raises on purpose derives from ``LensError``; anything else that
+escapes is a bug. The node layer and the command line show the message as it is.
+"""
+
+from __future__ import annotations
+
+
+class LensError(Exception):
+    """Base of all errors raised on purpose; the message is a sentence fit for a user."""
+
+
+class CheckpointError(LensError):
+    """A file cannot be read, or holds something else than what was asked for."""
+
+
+class CheckpointMismatch(CheckpointError):
+    """A checkpoint's tensors are not the ones that the module needs.
+
+    Every missing, unexpected and wrong-shaped tensor is in the lists and in the message.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        missing: list[str],
+        unexpected: list[str],
+        wrong_shape: list[tuple[str, tuple[int, ...], tuple[int, ...]]],
+    ) -> None:
+        self.missing, self.unexpected, self.wrong_shape = missing, unexpected, wrong_shape
+        parts = [f"{what} does not hold the tensors that this model needs."]
+        if missing:
+            parts.append(f"Missing ({len(missing)}): {', '.join(missing)}.")
+        if unexpected:
+            parts.append(f"Unexpected ({len(unexpected)}): {', '.join(unexpected)}.")
+        if wrong_shape:
+            listed = (f"{name} should be {list(want)}, is {list(got)}" for name, want, got in wrong_shape)
+            parts.append(f"Wrong shape ({len(wrong_shape)}): {'; '.join(listed)}.")
+        parts.append("Download the file again, or choose one made for Lens.")
+        super().__init__(" ".join(parts))
+
+
+class SizeError(LensError):
+    """A picture size that the model cannot make."""
+
+
+class SettingError(LensError):
+    """A setting outside its range, or two settings that do not go together."""

@@ -1,0 +1,42 @@
+"""The operations that model code is built from, and the attention it calls.
+
+Modules take ``operations`` (``Linear``, ``RMSNorm``, ``Embedding``) from their caller and never
+choose a dtype, a device or an offloading policy themselves: ComfyUI passes its own classes, the
+command line passes ``torch.nn``. Attention is a plain callable for the same reason.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# A namespace with Linear, RMSNorm and Embedding, constructed like torch.nn's.
+Operations = Any
+
+
+class Attention(Protocol):
+    """Softmax attention over q, k, v [B, heads, T, D] -> [B, T, heads * D].
+
+    ``mask`` is None or an additive [B, 1, 1, T] in q's dtype.
+    """
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor: ...
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """PyTorch's own attention, the definition that other backends are held to."""
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+
+
+def padding_mask(real: Tensor, before: int, dtype: torch.dtype) -> Tensor:
+    """Additive key mask for ``before`` real keys followed by the keys of ``real`` [B, S] (True: real).
+
+    Returns [B, 1, 1, before + S]. The lowest finite number rather than -inf: some attention
+    backends turn -inf into NaN.
+    """
+    mask = torch.zeros(real.shape[0], before + real.shape[1], dtype=dtype, device=real.device)
+    mask[:, before:].masked_fill_(~real.bool(), torch.finfo(dtype).min)
+    return mask[:, None, None, :]

@@ -1,0 +1,44 @@
+"""The chat text around a prompt, exactly as Lens was trained with it (GPT-OSS harmony format).
+
+A prompt is fenced by special tokens on both sides, so the token ids of the whole are those of the
+three parts in a row: only the prompt needs tokenising again. Never take a tokenizer folder's own
+chat template: copies in circulation differ in a blank line and in the closing token.
+
+The reference puts today's date into the system message, so its features change every day; the date
+is pinned here, to the day that ComfyUI's own encoder uses.
+"""
+
+from __future__ import annotations
+
+TEMPLATE_DATE = "2026-05-23"
+
+SYSTEM = (
+    "You are ChatGPT, a large language model trained by OpenAI.\n"
+    "Knowledge cutoff: 2024-06\n"
+    "Current date: {date}\n\n"
+    "Reasoning: medium\n\n"
+    "# Valid channels: analysis, commentary, final. Channel must be included for every message."
+)
+INSTRUCTIONS = (
+    "Describe the image by detailing the color, shape, size, texture, "
+    "quantity, text, spatial relationships of the objects and background."
+)
+THOUGHT = "Need to generate one image according to the description."
+
+
+def prefix_text(date: str = TEMPLATE_DATE) -> str:
+    """Everything before the prompt; its features are cropped away (97 tokens in GPT-OSS)."""
+    return (
+        f"<|start|>system<|message|>{SYSTEM.format(date=date)}<|end|>"
+        f"<|start|>developer<|message|># Instructions\n\n{INSTRUCTIONS}\n\n<|end|>"
+        "<|start|>user<|message|>"
+    )
+
+
+def suffix_text() -> str:
+    """Everything after the prompt; its features are kept (22 tokens in GPT-OSS)."""
+    return (
+        "<|end|>"
+        f"<|start|>assistant<|channel|>analysis<|message|>{THOUGHT}<|end|>"
+        "<|start|>assistant<|channel|>final<|message|>"
+    )

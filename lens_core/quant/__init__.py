@@ -1,0 +1,1 @@
+"""Packed weight formats and their plain-torch definitions."""

@@ -1,0 +1,86 @@
+"""Random weights of the three models, scaled so that activations stay in a realistic range."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ..config import DenoiserConfig, EncoderConfig
+from ..denoiser import LensDenoiser
+from ..encoder import GptOssEncoder
+from ..quant.mxfp4 import BLOCK, quantize
+from ..vae import LensVAE
+
+DENOISER = DenoiserConfig(num_layers=3, num_attention_heads=2, enc_hidden_dim=64)
+VAE = {
+    "block_out_channels": [32, 32, 32, 32],
+    "layers_per_block": 1,
+    "latent_channels": 32,
+    "norm_num_groups": 32,
+    "sample_size": 64,
+}
+
+
+def encoder_config(vocabulary: int) -> EncoderConfig:
+    """24 layers, so that the captured ones exist; everything else small."""
+    return EncoderConfig(
+        vocab_size=vocabulary,
+        hidden_size=DENOISER.enc_hidden_dim,
+        intermediate_size=64,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=8,
+    )
+
+
+def denoiser_weights(generator: torch.Generator) -> dict[str, Tensor]:
+    """fp32 tensors under the checkpoint's names."""
+    return _random_weights(LensDenoiser(DENOISER, device="meta"), generator)
+
+
+def encoder_weights(config: EncoderConfig, generator: torch.Generator) -> dict[str, Tensor]:
+    """bf16 tensors and packed MXFP4 experts under Hugging Face's names, with norm and lm_head."""
+    module = GptOssEncoder(config, device="meta")
+    weights = {}
+    for name, value in _random_weights(module, generator).items():
+        weights[f"model.{name}"] = value.bfloat16()
+    for layer in range(config.num_hidden_layers):
+        experts = f"model.layers.{layer}.mlp.experts"
+        hidden, inner = config.hidden_size, config.intermediate_size
+        for name, rows, columns in (("gate_up_proj", 2 * inner, hidden), ("down_proj", hidden, inner)):
+            shape = (config.num_local_experts, rows, columns // BLOCK, BLOCK)
+            dense = torch.randn(shape, generator=generator).flatten(-2) / math.sqrt(columns)
+            blocks, scales = quantize(dense)
+            weights[f"{experts}.{name}_blocks"], weights[f"{experts}.{name}_scales"] = blocks, scales
+    weights["model.norm.weight"] = torch.ones(config.hidden_size, dtype=torch.bfloat16)
+    head = torch.randn(config.vocab_size, config.hidden_size, generator=generator)
+    weights["lm_head.weight"] = (head / math.sqrt(config.hidden_size)).bfloat16()
+    return dict(sorted(weights.items()))
+
+
+def vae_weights(generator: torch.Generator) -> dict[str, Tensor]:
+    """fp32 tensors under diffusers' names, with plausible batch-norm statistics."""
+    with torch.device("meta"):
+        module = LensVAE(VAE).model
+    weights = _random_weights(module, generator)
+    channels = 4 * VAE["latent_channels"]  # type: ignore[operator]
+    weights["bn.running_mean"] = 0.1 * torch.randn(channels, generator=generator)
+    weights["bn.running_var"] = 1 + torch.rand(channels, generator=generator)
+    weights["bn.num_batches_tracked"] = torch.tensor(1000)
+    return dict(sorted(weights.items()))
+
+
+def _random_weights(module: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
+    """Norms near 1, biases small, matrices with variance 1 / inputs; in the order of the names."""
+    weights = {}
+    for name, parameter in sorted(module.named_parameters()):
+        noise = torch.randn(parameter.shape, generator=generator)
+        if parameter.ndim == 1 and name.endswith("weight"):
+            weights[name] = 1 + 0.1 * noise
+        elif parameter.ndim == 1 or name.endswith("bias"):
+            weights[name] = 0.1 * noise
+        else:
+            weights[name] = noise / math.sqrt(parameter[0].numel())
+    return weights

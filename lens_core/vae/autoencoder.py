@@ -1,0 +1,62 @@
+"""FLUX.2's VAE behind the latents that Lens samples.
+
+diffusers' ``AutoencoderKLFlux2`` does the convolutions; this module adds what lies between it and
+the denoiser: 2x2 packing of 32 channels into 128 and the batch norm over the packed channels, so
+that callers never see either.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def pack(latents: Tensor) -> Tensor:
+    """[B, C, 2h, 2w] -> [B, 4C, h, w]; packed channel order is (channel, row, column)."""
+    batch, channels, height, width = latents.shape
+    cells = latents.view(batch, channels, height // 2, 2, width // 2, 2)
+    return cells.permute(0, 1, 3, 5, 2, 4).reshape(batch, 4 * channels, height // 2, width // 2)
+
+
+def unpack(latents: Tensor) -> Tensor:
+    """[B, 4C, h, w] -> [B, C, 2h, 2w]; the inverse of ``pack``."""
+    batch, channels, height, width = latents.shape
+    cells = latents.view(batch, channels // 4, 2, 2, height, width)
+    return cells.permute(0, 1, 4, 2, 5, 3).reshape(batch, channels // 4, 2 * height, 2 * width)
+
+
+class LensVAE(nn.Module):
+    """Packed, normalised latents [B, 128, h, w] to pictures [B, 3, 16h, 16w] in [-1, 1] and back."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        super().__init__()
+        # Here and not above: importing diffusers takes seconds, which a server's start should not.
+        from diffusers import AutoencoderKLFlux2
+
+        self.model = AutoencoderKLFlux2.from_config(config)
+
+    def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        bn = self.model.bn
+        deviation = torch.sqrt(bn.running_var.float() + bn.eps)
+        return tuple(  # type: ignore[return-value]
+            value.view(1, -1, 1, 1).to(like) for value in (bn.running_mean, deviation)
+        )
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pictures of packed latents; not clamped."""
+        mean, deviation = self._statistics(latents)
+        return self.model.decode(unpack(latents * deviation + mean), return_dict=False)[0]
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Packed latents of pictures: the posterior's mean, normalised."""
+        posterior = self.model.encode(images, return_dict=False)[0]
+        packed = pack(posterior.mode())
+        mean, deviation = self._statistics(packed)
+        return (packed - mean) / deviation
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """[B, 3, H, W] in [-1, 1] -> [B, H, W, 3] bytes; truncated, as the reference does."""
+    return ((images.clamp(-1, 1).float() + 1) * 127.5).to(torch.uint8).permute(0, 2, 3, 1)

@@ -1,0 +1,17 @@
+"""Checkpoints: reading, recognising, renaming and strict loading."""
+
+from .detect import denoiser_config, encoder_config, variant_of, vae_config
+from .keymap import DENOISER
+from .loader import load_into
+from .reader import Checkpoint, open_checkpoint
+
+__all__ = [
+    "DENOISER",
+    "Checkpoint",
+    "denoiser_config",
+    "encoder_config",
+    "load_into",
+    "open_checkpoint",
+    "vae_config",
+    "variant_of",
+]

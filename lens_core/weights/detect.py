@@ -1,0 +1,167 @@
+"""What a checkpoint is, from its header alone: which component, and its sizes.
+
+Nothing here reads a tensor. A file of another model is named as what it looks like, so that the
+error can say what came instead of what was expected.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from ..config import LENS, LENS_BASE, LENS_TURBO, DenoiserConfig, EncoderConfig, Variant
+from ..errors import CheckpointError
+from ..quant.mxfp4 import BLOCK
+from .keymap import DENOISER, ENCODER, rename
+from .reader import Checkpoint
+
+# (what it is, a pattern that one of its tensor names matches); the first row that matches wins.
+_KINDS: tuple[tuple[str, str], ...] = (
+    ("a LoRA", r"\.(?:lora_down|lora_A|lora_up|lora_B|hada_w1_a|lokr_w1)(?:\.|$)"),
+    ("a Lens denoiser quantised by SDNQ", r"transformer_blocks\.0\.attn\.img_qkv\.zero_point$"),
+    ("a quantised Lens denoiser (Comfy)", r"transformer_blocks\.0\.attn\.img_qkv\.comfy_quant$"),
+    ("a Lens denoiser", r"(?:^|\.)transformer_blocks\.0\.attn\.img_qkv\.weight$"),
+    ("a GPT-OSS encoder in MXFP4", r"^(?:model\.)?layers\.0\.mlp\.experts\.gate_up_proj_blocks$"),
+    ("a GPT-OSS encoder in nvfp4", r"^layers\.0\.mlp\.experts\.gate_up_proj\.comfy_quant$"),
+    ("a GPT-OSS encoder in bf16", r"^(?:model\.)?layers\.0\.mlp\.experts\.gate_up_proj(?:\.weight)?$"),
+    ("a GPT-OSS encoder in OpenAI's own layout", r"^block\.0\.mlp\.mlp1_weight\.blocks$"),
+    ("a FLUX.2 VAE", r"(?:^|\.)bn\.running_mean$"),
+    ("a FLUX denoiser", r"(?:^|\.)double_blocks\.0\.img_attn\.qkv\.weight$"),
+    ("a FLUX denoiser (diffusers)", r"(?:^|\.)single_transformer_blocks\.0\.attn\.to_q\.weight$"),
+    ("a Qwen-Image denoiser", r"(?:^|\.)transformer_blocks\.0\.attn\.add_q_proj\.weight$"),
+    ("a Stable Diffusion checkpoint", r"(?:^|\.)input_blocks\.0\.0\.weight$"),
+    ("a CLIP text encoder", r"text_model\.encoder\.layers\.0\.|transformer\.resblocks\.0\."),
+    ("a T5 text encoder", r"encoder\.block\.0\.layer\.0\.SelfAttention\.q\.weight$"),
+    ("a VAE of another model", r"(?:^|\.)decoder\.conv_in\.weight$"),
+    ("a language model", r"(?:^|\.)layers\.0\.self_attn\.q_proj\.weight$"),
+)
+_FITTING = {"denoiser": "a Lens denoiser", "encoder": "a GPT-OSS encoder in MXFP4", "vae": "a FLUX.2 VAE"}
+_ADVICE = {
+    "denoiser": "Choose a file such as lens_turbo_bf16.safetensors, or a Lens folder.",
+    "encoder": "Choose the gpt-oss-20b folder (MXFP4 shards and tokenizer.json), or a Lens folder.",
+    "vae": "Choose flux2-vae.safetensors, or a Lens folder.",
+}
+
+
+def describe(names: Iterable[str]) -> str:
+    """What a file with these tensor names looks like, for an error message."""
+    names = list(names)
+    for kind, pattern in _KINDS:
+        search = re.compile(pattern).search
+        if any(search(name) for name in names):
+            return kind
+    return f"an unknown kind of model ({names[0]}, ...)" if names else "a file without tensors"
+
+
+def require(checkpoint: Checkpoint, component: str) -> None:
+    """Raise CheckpointError unless it holds ``component``: denoiser, encoder or vae."""
+    kind = describe(checkpoint.header)
+    if kind != _FITTING[component]:
+        raise CheckpointError(
+            f"{checkpoint.name} is {kind}; expected {_FITTING[component]}. {_ADVICE[component]}"
+        )
+
+
+def denoiser_config(checkpoint: Checkpoint) -> DenoiserConfig:
+    """Sizes of a Lens denoiser."""
+    require(checkpoint, "denoiser")
+    shapes = _shapes(checkpoint, rename(checkpoint.header, DENOISER))
+    shape = _shape_of(checkpoint, shapes)
+    hidden, channels = shape("img_in.weight")
+    return DenoiserConfig(
+        num_layers=_count(shapes, r"^transformer_blocks\.(\d+)\."),
+        num_attention_heads=hidden // DenoiserConfig.attention_head_dim,
+        in_channels=channels,
+        enc_hidden_dim=shape("txt_norm.0.weight")[0],
+        num_text_layers=_count(shapes, r"^txt_norm\.(\d+)\."),
+    )
+
+
+def encoder_config(checkpoint: Checkpoint) -> EncoderConfig:
+    """Sizes of a GPT-OSS encoder."""
+    require(checkpoint, "encoder")
+    shapes = _shapes(checkpoint, rename(checkpoint.header, ENCODER))
+    shape = _shape_of(checkpoint, shapes)
+    vocabulary, hidden = shape("embed_tokens.weight")
+    experts, _, groups = shape("layers.0.mlp.experts.down_proj_scales")
+    heads = shape("layers.0.self_attn.sinks")[0]
+    head_dim = shape("layers.0.self_attn.q_proj.weight")[0] // heads
+    return EncoderConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=groups * BLOCK,
+        num_hidden_layers=_count(shapes, r"^layers\.(\d+)\."),
+        num_attention_heads=heads,
+        num_key_value_heads=shape("layers.0.self_attn.k_proj.weight")[0] // head_dim,
+        head_dim=head_dim,
+        num_local_experts=experts,
+    )
+
+
+def is_ldm_vae(checkpoint: Checkpoint) -> bool:
+    """Whether a FLUX.2 VAE has the CompVis names rather than diffusers'."""
+    return any(".mid.block_1." in name for name in checkpoint.header)
+
+
+def vae_config(checkpoint: Checkpoint) -> dict:
+    """AutoencoderKLFlux2's arguments for a FLUX.2 VAE without a config.json."""
+    ldm = is_ldm_vae(checkpoint)
+    header = {re.sub(r"^(?:first_stage_model|vae)\.", "", n): i for n, i in checkpoint.header.items()}
+    shape = _shape_of(checkpoint, {name: info.shape for name, info in header.items()})
+    if ldm:
+        encoder = [f"encoder.down.{i}.block.0.conv1.weight" for i in range(4)]
+        decoder = [f"decoder.up.{i}.block.0.conv1.weight" for i in range(4)]
+        layers = _count(header, r"^encoder\.down\.0\.block\.(\d+)\.")
+    else:
+        encoder = [f"encoder.down_blocks.{i}.resnets.0.conv1.weight" for i in range(4)]
+        decoder = [f"decoder.up_blocks.{3 - i}.resnets.0.conv1.weight" for i in range(4)]
+        layers = _count(header, r"^encoder\.down_blocks\.0\.resnets\.(\d+)\.")
+    return {
+        "block_out_channels": [shape(name)[0] for name in encoder],
+        "decoder_block_out_channels": [shape(name)[0] for name in decoder],
+        "layers_per_block": layers,
+        "latent_channels": shape("decoder.conv_in.weight")[1],
+    }
+
+
+def variant_of(name: str, metadata: dict[str, str] | None = None) -> Variant:
+    """The published checkpoint that a file is, from metadata ``lens.variant`` or from its name.
+
+    Lens itself (RL-tuned) when neither says otherwise.
+    """
+    text = ((metadata or {}).get("lens.variant") or name).lower()
+    if "turbo" in text:
+        return LENS_TURBO
+    return LENS_BASE if "base" in re.split(r"[^a-z0-9]+", text) else LENS
+
+
+def _shapes(checkpoint: Checkpoint, source: dict[str, str]) -> dict[str, tuple[int, ...]]:
+    return {name: checkpoint.header[old].shape for name, old in source.items()}
+
+
+def _shape_of(checkpoint: Checkpoint, shapes: dict[str, tuple[int, ...]]):
+    def shape(name: str) -> tuple[int, ...]:
+        if name not in shapes:
+            raise CheckpointError(
+                f"{checkpoint.name} has no tensor {name}, so its sizes cannot be read. "
+                "The file is incomplete; download it again."
+            )
+        return shapes[name]
+
+    return shape
+
+
+def _count(names: Iterable[str], pattern: str) -> int:
+    search = re.compile(pattern).search
+    found = {int(match[1]) for match in map(search, names) if match}
+    return max(found, default=-1) + 1
+
+
+def tokenizer_beside(path: Path) -> Path | None:
+    """tokenizer.json of an encoder folder or file: in it, beside it, or in ``../tokenizer``."""
+    folder = path if path.is_dir() else path.parent
+    for place in (folder, folder / "tokenizer", folder.parent / "tokenizer"):
+        if (place / "tokenizer.json").is_file():
+            return place / "tokenizer.json"
+    return None

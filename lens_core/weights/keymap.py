@@ -1,0 +1,51 @@
+"""Tensor names of the layouts in circulation, as tables of (pattern, replacement).
+
+Each table turns a file's names into the module's; a name that no row matches stays.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+Table = tuple[tuple[str, str], ...]
+
+DENOISER: Table = ((r"^(?:model\.diffusion_model|diffusion_model|transformer|net)\.", ""),)
+
+# Hugging Face's GPT-OSS.
+ENCODER: Table = ((r"^model\.", ""),)
+# Held by full GPT-OSS checkpoints, of no use to a feature extractor.
+ENCODER_UNUSED = (r"^lm_head\.weight$", r"^norm\.weight$", r"^tokenizer_json$")
+
+VAE_DIFFUSERS: Table = ((r"^(?:vae\.)?", "model."),)
+# CompVis/BFL naming of the same autoencoder; its up blocks count from the output side.
+VAE_LDM: Table = (
+    (r"^(?:first_stage_model\.|vae\.)?", "model."),
+    (r"\.(?:encoder\.)?quant_conv\.", ".quant_conv."),
+    (r"\.(?:decoder\.)?post_quant_conv\.", ".post_quant_conv."),
+    (r"\.nin_shortcut\.", ".conv_shortcut."),
+    (r"\.norm_out\.", ".conv_norm_out."),
+    (r"\.mid\.block_1\.", ".mid_block.resnets.0."),
+    (r"\.mid\.block_2\.", ".mid_block.resnets.1."),
+    (r"\.mid\.attn_1\.norm\.", ".mid_block.attentions.0.group_norm."),
+    (r"\.mid\.attn_1\.([qkv])\.", r".mid_block.attentions.0.to_\1."),
+    (r"\.mid\.attn_1\.proj_out\.", ".mid_block.attentions.0.to_out.0."),
+    (r"\.down\.(\d)\.block\.", r".down_blocks.\1.resnets."),
+    (r"\.down\.(\d)\.downsample\.", r".down_blocks.\1.downsamplers.0."),
+    *((rf"\.up\.{3 - i}\.block\.", f".up_blocks.{i}.resnets.") for i in range(4)),
+    *((rf"\.up\.{3 - i}\.upsample\.", f".up_blocks.{i}.upsamplers.0.") for i in range(4)),
+)
+
+
+def rename(names: Iterable[str], table: Table, unused: Iterable[str] = ()) -> dict[str, str]:
+    """Module name -> file name, without the names that match ``unused`` after renaming."""
+    dropped = [re.compile(pattern) for pattern in unused]
+    rows = [(re.compile(pattern), replacement) for pattern, replacement in table]
+    result = {}
+    for name in names:
+        new = name
+        for pattern, replacement in rows:
+            new = pattern.sub(replacement, new, count=1)
+        if not any(pattern.search(new) for pattern in dropped):
+            result[new] = name
+    return result

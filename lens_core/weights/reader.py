@@ -1,0 +1,131 @@
+"""Reads safetensors checkpoints: one file, or the shards of a folder.
+
+Opening reads headers only. Everything that can be wrong with a file (missing, truncated, corrupt,
+another format, a missing shard) becomes one sentence here.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..errors import CheckpointError
+
+_MAGIC = {
+    b"GGUF": "a GGUF file",
+    b"PK\x03\x04": "a zip archive, perhaps a PyTorch .pt or .ckpt file",
+    b"\x80\x02": "a Python pickle, which this program does not open",
+    b"version https://git-lfs": "a Git LFS pointer; the weights themselves were not downloaded",
+    b"<!DOCTYPE": "a web page; the download went wrong",
+    b"<html": "a web page; the download went wrong",
+}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies and what it is, as its file's header says."""
+
+    path: Path
+    shape: tuple[int, ...]
+    dtype: str  # safetensors' name: F32, BF16, U8, ...
+
+
+class Checkpoint:
+    """The tensors of one file or of several shards, read on demand through mmap."""
+
+    def __init__(self, paths: list[Path]) -> None:
+        self.paths = paths
+        self.header: dict[str, TensorInfo] = {}
+        self.metadata: dict[str, str] = {}
+        self._open = {path: _open_safetensors(path) for path in paths}
+        for path, file in self._open.items():
+            self.metadata.update(file.metadata() or {})
+            for name in file.keys():  # noqa: SIM118  safe_open is no mapping
+                part = file.get_slice(name)
+                info = TensorInfo(path, tuple(part.get_shape()), str(part.get_dtype()))
+                self.header[name] = info
+
+    @property
+    def name(self) -> str:
+        """How to speak of it in an error."""
+        first = self.paths[0]
+        return first.name if len(self.paths) == 1 else f"{first.parent.name}/ ({len(self.paths)} files)"
+
+    def read(self, name: str) -> Tensor:
+        """The tensor, on the CPU, in its stored dtype."""
+        return self._open[self.header[name].path].get_tensor(name)
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Open a .safetensors file, or a folder with one or with shards and their index."""
+    path = Path(path)
+    if path.is_dir():
+        return Checkpoint(_files_of_folder(path))
+    if not path.exists():
+        raise CheckpointError(f"There is no file {path}. Check the name, or download it again.")
+    return Checkpoint([path])
+
+
+def read_json(path: Path) -> dict:
+    """A JSON file as a dict; a broken one is named."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is not readable JSON ({error}). Download it again.") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} should hold a JSON object. Download it again.")
+    return content
+
+
+def _files_of_folder(folder: Path) -> list[Path]:
+    indexes = sorted(folder.glob("*.safetensors.index.json"))
+    if not indexes:
+        files = sorted(folder.glob("*.safetensors"))
+        if len(files) == 1:
+            return files
+        found = f"{len(files)} and no index that joins them" if files else "none"
+        raise CheckpointError(
+            f"Expected one .safetensors file, or shards with their .safetensors.index.json, in "
+            f"{folder}; found {found}. Download the folder again."
+        )
+    names = sorted(set(read_json(indexes[0]).get("weight_map", {}).values()))
+    lacking = [name for name in names if not (folder / name).is_file()]
+    if lacking or not names:
+        listed = ", ".join(lacking) or "every shard (its weight_map is empty)"
+        raise CheckpointError(
+            f"{indexes[0].name} in {folder} lists {len(names)} files; missing: {listed}. "
+            "Download the missing files into that folder."
+        )
+    return [folder / name for name in names]
+
+
+def _open_safetensors(path: Path):
+    try:
+        return safe_open(path, framework="pt", device="cpu")
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(_why_not(path, error)) from error
+
+
+def _why_not(path: Path, error: Exception) -> str:
+    with path.open("rb") as file:
+        start = file.read(32)
+    for magic, kind in _MAGIC.items():
+        if start.startswith(magic):
+            return f"{path.name} is {kind}. Expected a .safetensors file; choose another file."
+    reason = "is cut short" if "IncompleteBuffer" in str(error) else "is damaged or no safetensors file"
+    return (
+        f"{path.name} {reason} ({path.stat().st_size:,} bytes; {error}). "
+        "Compare its size with the download page and download it again."
+    )
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """torch's dtype of a safetensors dtype name; unknown formats are uint8 bytes."""
+    return {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}.get(
+        name, torch.uint8
+    )
