@@ -21,8 +21,10 @@ from .errors import LensError, SettingError
 from .images import save_png
 from .pipeline import LensPipeline
 from .sampling import ASPECT_RATIOS, BASE_RESOLUTIONS, bucket, check_size
+from .sampling.loop import OnStep
 from .weights import variant_of
 
+log = logging.getLogger(__name__)
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -64,7 +66,7 @@ def generate(args: argparse.Namespace) -> list[Path]:
     paths = []
     for index, prompt in enumerate(prompts):
         if not prompt:
-            logging.warning("Prompt %d is empty: the picture will follow no description.", index + 1)
+            log.warning("Prompt %d is empty: the picture will follow no description.", index + 1)
         with tqdm(total=steps, desc=prompt[:40] or "(empty prompt)", unit="step") as bar:
             images = pipeline(
                 prompt,
@@ -73,7 +75,7 @@ def generate(args: argparse.Namespace) -> list[Path]:
                 steps=steps,
                 cfg=cfg,
                 negative=args.negative_prompt,
-                on_step=lambda done, _, bar=bar: bar.update(done - bar.n),
+                on_step=_advance(bar),
             )
         for number, image in enumerate(images.cpu()):
             settings = {
@@ -96,6 +98,10 @@ def generate(args: argparse.Namespace) -> list[Path]:
     return paths
 
 
+def _advance(bar: tqdm) -> OnStep:
+    return lambda done, _: bar.update(done - bar.n)
+
+
 def _check(args: argparse.Namespace) -> tuple[torch.dtype, Variant, tuple[int, int]]:
     if args.dtype not in _DTYPES:
         reason = " (float16 overflows: Lens' values reach 1.4e5)" if args.dtype == "float16" else ""
@@ -113,9 +119,7 @@ def _check(args: argparse.Namespace) -> tuple[torch.dtype, Variant, tuple[int, i
     if (args.height is None) != (args.width is None):
         raise SettingError("--height and --width go together: give both or neither.")
     size = (
-        bucket(args.base_resolution, args.aspect_ratio)
-        if args.height is None
-        else (args.height, args.width)
+        bucket(args.base_resolution, args.aspect_ratio) if args.height is None else (args.height, args.width)
     )
     check_size(*size)
     if args.device.startswith("cuda") and not torch.cuda.is_available():

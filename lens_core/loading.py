@@ -20,7 +20,14 @@ from .errors import CheckpointError
 from .ops import Operations
 from .prompt import PromptTokenizer
 from .vae import LensVAE
-from .weights import Checkpoint, denoiser_config, encoder_config, load_into, open_checkpoint, vae_config
+from .weights import (
+    Checkpoint,
+    denoiser_config,
+    encoder_config,
+    load_into,
+    open_checkpoint,
+    vae_config,
+)
 from .weights.detect import is_ldm_vae, require, tokenizer_beside
 from .weights.keymap import DENOISER, ENCODER, ENCODER_UNUSED, VAE_DIFFUSERS, VAE_LDM
 from .weights.loader import OnTensor
@@ -65,7 +72,14 @@ def load_encoder(
     model = GptOssEncoder(config, operations, dtype, device="meta")
     reader = None if read is None else read(checkpoint)
     load_into(
-        model, checkpoint, ENCODER, dtype, unused=ENCODER_UNUSED, read=reader, on_tensor=on_tensor
+        model,
+        checkpoint,
+        ENCODER,
+        dtype,
+        structure=GptOssEncoder(config, device="meta"),
+        unused=ENCODER_UNUSED,
+        read=reader,
+        on_tensor=on_tensor,
     )
     return model.eval(), tokenizer
 

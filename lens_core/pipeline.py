@@ -74,7 +74,13 @@ class LensPipeline:
         return no_features(self.encoder, layers, self.dtype).to(self.device)
 
     def velocity(
-        self, x: Tensor, sigma: Tensor, positive: Tensor, negative: Tensor, cfg: float, grid: tuple[int, int]
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        positive: Tensor,
+        negative: Tensor,
+        cfg: float,
+        grid: tuple[int, int],
     ) -> Tensor:
         """Guided velocity [B, N, C]; at cfg 1 the negative prompt is not evaluated."""
         batch = x.shape[0]

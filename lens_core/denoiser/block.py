@@ -52,8 +52,9 @@ class JointAttention(nn.Module):
         super().__init__()
         hidden, dim = config.hidden_size, config.attention_head_dim
         self.head_dim = dim
-        for name in ("norm_q", "norm_k", "norm_added_q", "norm_added_k"):
-            setattr(self, name, operations.RMSNorm(dim, eps=config.qk_norm_eps, **place))
+        self.norm_q, self.norm_k, self.norm_added_q, self.norm_added_k = (
+            operations.RMSNorm(dim, eps=config.qk_norm_eps, **place) for _ in range(4)
+        )
         self.img_qkv = operations.Linear(hidden, 3 * hidden, **place)
         self.txt_qkv = operations.Linear(hidden, 3 * hidden, **place)
         self.to_out = nn.ModuleList([operations.Linear(hidden, hidden, **place)])
@@ -85,16 +86,15 @@ class LensBlock(nn.Module):
 
     def __init__(self, config: DenoiserConfig, operations: Operations, **place: Any) -> None:
         super().__init__()
-        hidden = config.hidden_size
+        hidden, inner = config.hidden_size, config.mlp_hidden_size
         self.attn = JointAttention(config, operations, **place)
-        for stream in ("img", "txt"):
-            mod = operations.Linear(hidden, 6 * hidden, **place)
-            setattr(self, f"{stream}_mod", nn.Sequential(nn.SiLU(), mod))
-            for norm in ("norm1", "norm2"):
-                rms = operations.RMSNorm(hidden, eps=config.norm_eps, **place)
-                setattr(self, f"{stream}_{norm}", rms)
-            mlp = SwiGLU(hidden, config.mlp_hidden_size, operations, **place)
-            setattr(self, f"{stream}_mlp", mlp)
+        self.img_mod, self.txt_mod = (
+            nn.Sequential(nn.SiLU(), operations.Linear(hidden, 6 * hidden, **place)) for _ in range(2)
+        )
+        self.img_norm1, self.img_norm2, self.txt_norm1, self.txt_norm2 = (
+            operations.RMSNorm(hidden, eps=config.norm_eps, **place) for _ in range(4)
+        )
+        self.img_mlp, self.txt_mlp = (SwiGLU(hidden, inner, operations, **place) for _ in range(2))
 
     def forward(
         self,

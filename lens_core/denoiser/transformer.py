@@ -90,8 +90,7 @@ class LensDenoiser(nn.Module):
         hidden, text = config.hidden_size, config.enc_hidden_dim
         self.img_in = operations.Linear(config.in_channels, hidden, **place)
         self.txt_norm = nn.ModuleList(
-            operations.RMSNorm(text, eps=config.text_norm_eps, **place)
-            for _ in range(config.num_text_layers)
+            operations.RMSNorm(text, eps=config.text_norm_eps, **place) for _ in range(config.num_text_layers)
         )
         self.txt_in = operations.Linear(text * config.num_text_layers, hidden, **place)
         self.time_text_embed = TimeTextEmbed(config, operations, **place)

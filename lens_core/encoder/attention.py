@@ -72,9 +72,7 @@ def sink_attention(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, keep: Tensor)
 class SinkAttention(nn.Module):
     """Self-attention of one GPT-OSS layer."""
 
-    def __init__(
-        self, config: EncoderConfig, layer: int, operations: Operations, **place: Any
-    ) -> None:
+    def __init__(self, config: EncoderConfig, layer: int, operations: Operations, **place: Any) -> None:
         super().__init__()
         hidden, dim = config.hidden_size, config.head_dim
         inner, kv = config.num_attention_heads * dim, config.num_key_value_heads * dim

@@ -23,9 +23,7 @@ OnLayer = Callable[[int, int], None]
 class GptOssLayer(nn.Module):
     """Norm, attention, norm, experts, each around a residual."""
 
-    def __init__(
-        self, config: EncoderConfig, layer: int, operations: Operations, **place: Any
-    ) -> None:
+    def __init__(self, config: EncoderConfig, layer: int, operations: Operations, **place: Any) -> None:
         super().__init__()
         hidden, eps = config.hidden_size, config.rms_norm_eps
         self.input_layernorm = operations.RMSNorm(hidden, eps=eps, **place)
@@ -54,8 +52,7 @@ class GptOssEncoder(nn.Module):
         place: dict[str, Any] = {"dtype": dtype, "device": device}
         self.embed_tokens = operations.Embedding(config.vocab_size, config.hidden_size, **place)
         self.layers = nn.ModuleList(
-            GptOssLayer(config, layer, operations, **place)
-            for layer in range(config.num_hidden_layers)
+            GptOssLayer(config, layer, operations, **place) for layer in range(config.num_hidden_layers)
         )
 
     def forward(

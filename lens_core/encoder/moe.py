@@ -37,6 +37,7 @@ class PackedExperts(nn.Module):
     ) -> None:
         super().__init__()
         self.alpha, self.limit = config.swiglu_alpha, config.swiglu_limit
+        self.num_experts = config.num_local_experts
         experts, hidden, inner = (
             config.num_local_experts,
             config.hidden_size,
@@ -62,7 +63,7 @@ class PackedExperts(nn.Module):
         """
         slots = chosen.shape[1]
         order = chosen.flatten().argsort(stable=True)
-        counts = torch.bincount(chosen.flatten(), minlength=self.down_proj_bias.shape[0])
+        counts = torch.bincount(chosen.flatten(), minlength=self.num_experts)
         out = x.new_empty(chosen.numel(), x.shape[1])
         start = 0
         for expert, count in enumerate(counts.tolist()):
@@ -80,8 +81,7 @@ class PackedExperts(nn.Module):
     def _unpack(self, name: str, expert: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """Weight and bias of one expert, on ``like``'s device: offloaded bytes travel packed."""
         blocks, scales, bias = (
-            getattr(self, f"{name}_{part}")[expert].to(like.device)
-            for part in ("blocks", "scales", "bias")
+            getattr(self, f"{name}_{part}")[expert].to(like.device) for part in ("blocks", "scales", "bias")
         )
         return dequantize(blocks, scales, like.dtype), bias.to(like.dtype)
 

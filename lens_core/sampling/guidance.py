@@ -14,8 +14,11 @@ from torch import Tensor
 def norm_rescaled_guidance(cond: Tensor, uncond: Tensor, scale: float, dim: int = -1) -> Tensor:
     """u + g (p - u), rescaled along ``dim`` (the channels of a token) to the norm of p.
 
-    ``cond`` p and ``uncond`` u are velocities of one shape; norms are taken in fp32.
+    ``cond`` p and ``uncond`` u are velocities of one shape; norms are taken in fp32. At g = 1 the
+    result is p itself.
     """
+    if scale == 1:
+        return cond
     guided = uncond + scale * (cond - uncond)
     length = torch.linalg.vector_norm(guided, dim=dim, keepdim=True, dtype=torch.float32)
     wanted = torch.linalg.vector_norm(cond, dim=dim, keepdim=True, dtype=torch.float32)

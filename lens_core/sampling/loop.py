@@ -10,9 +10,7 @@ Velocity = Callable[[Tensor, Tensor], Tensor]
 OnStep = Callable[[int, int], None]
 
 
-def euler(
-    velocity: Velocity, latents: Tensor, levels: Tensor, on_step: OnStep | None = None
-) -> Tensor:
+def euler(velocity: Velocity, latents: Tensor, levels: Tensor, on_step: OnStep | None = None) -> Tensor:
     """Walk ``latents`` from noise level ``levels[0]`` to ``levels[-1]``.
 
     ``velocity(latents, sigma)`` gets sigma as a scalar tensor. Latents keep their dtype, as in the
@@ -21,9 +19,7 @@ def euler(
     total = len(levels) - 1
     for step in range(total):
         slope = velocity(latents, levels[step])
-        latents = (latents.float() + (levels[step + 1] - levels[step]) * slope.float()).to(
-            latents.dtype
-        )
+        latents = (latents.float() + (levels[step + 1] - levels[step]) * slope.float()).to(latents.dtype)
         if on_step is not None:
             on_step(step + 1, total)
     return latents

@@ -58,14 +58,11 @@ def check_size(height: int, width: int) -> None:
     unit = PIXELS_PER_TOKEN
     if height < unit or width < unit or height % unit or width % unit:
         fit = f"{max(unit, round(width / unit) * unit)}x{max(unit, round(height / unit) * unit)}"
-        raise SizeError(
-            f"{width}x{height} pixels: both sides must be multiples of {unit}. Try {fit}."
-        )
+        raise SizeError(f"{width}x{height} pixels: both sides must be multiples of {unit}. Try {fit}.")
     if max(height, width) > 2 * min(height, width):
         h, w = nearest_bucket(height, width)
         raise SizeError(
-            f"{width}x{height} pixels is beyond the ratios 1:2 to 2:1 that Lens can draw. "
-            f"Try {w}x{h}."
+            f"{width}x{height} pixels is beyond the ratios 1:2 to 2:1 that Lens can draw. Try {w}x{h}."
         )
 
 

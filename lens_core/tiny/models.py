@@ -49,11 +49,17 @@ def encoder_weights(config: EncoderConfig, generator: torch.Generator) -> dict[s
     for layer in range(config.num_hidden_layers):
         experts = f"model.layers.{layer}.mlp.experts"
         hidden, inner = config.hidden_size, config.intermediate_size
-        for name, rows, columns in (("gate_up_proj", 2 * inner, hidden), ("down_proj", hidden, inner)):
+        for name, rows, columns in (
+            ("gate_up_proj", 2 * inner, hidden),
+            ("down_proj", hidden, inner),
+        ):
             shape = (config.num_local_experts, rows, columns // BLOCK, BLOCK)
             dense = torch.randn(shape, generator=generator).flatten(-2) / math.sqrt(columns)
             blocks, scales = quantize(dense)
-            weights[f"{experts}.{name}_blocks"], weights[f"{experts}.{name}_scales"] = blocks, scales
+            weights[f"{experts}.{name}_blocks"], weights[f"{experts}.{name}_scales"] = (
+                blocks,
+                scales,
+            )
     weights["model.norm.weight"] = torch.ones(config.hidden_size, dtype=torch.bfloat16)
     head = torch.randn(config.vocab_size, config.hidden_size, generator=generator)
     weights["lm_head.weight"] = (head / math.sqrt(config.hidden_size)).bfloat16()

@@ -1,6 +1,6 @@
 """Checkpoints: reading, recognising, renaming and strict loading."""
 
-from .detect import denoiser_config, encoder_config, variant_of, vae_config
+from .detect import denoiser_config, encoder_config, vae_config, variant_of
 from .keymap import DENOISER
 from .loader import load_into
 from .reader import Checkpoint, open_checkpoint

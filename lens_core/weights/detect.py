@@ -7,7 +7,7 @@ error can say what came instead of what was expected.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from ..config import LENS, LENS_BASE, LENS_TURBO, DenoiserConfig, EncoderConfig, Variant
@@ -24,7 +24,10 @@ _KINDS: tuple[tuple[str, str], ...] = (
     ("a Lens denoiser", r"(?:^|\.)transformer_blocks\.0\.attn\.img_qkv\.weight$"),
     ("a GPT-OSS encoder in MXFP4", r"^(?:model\.)?layers\.0\.mlp\.experts\.gate_up_proj_blocks$"),
     ("a GPT-OSS encoder in nvfp4", r"^layers\.0\.mlp\.experts\.gate_up_proj\.comfy_quant$"),
-    ("a GPT-OSS encoder in bf16", r"^(?:model\.)?layers\.0\.mlp\.experts\.gate_up_proj(?:\.weight)?$"),
+    (
+        "a GPT-OSS encoder in bf16",
+        r"^(?:model\.)?layers\.0\.mlp\.experts\.gate_up_proj(?:\.weight)?$",
+    ),
     ("a GPT-OSS encoder in OpenAI's own layout", r"^block\.0\.mlp\.mlp1_weight\.blocks$"),
     ("a FLUX.2 VAE", r"(?:^|\.)bn\.running_mean$"),
     ("a FLUX denoiser", r"(?:^|\.)double_blocks\.0\.img_attn\.qkv\.weight$"),
@@ -36,7 +39,11 @@ _KINDS: tuple[tuple[str, str], ...] = (
     ("a VAE of another model", r"(?:^|\.)decoder\.conv_in\.weight$"),
     ("a language model", r"(?:^|\.)layers\.0\.self_attn\.q_proj\.weight$"),
 )
-_FITTING = {"denoiser": "a Lens denoiser", "encoder": "a GPT-OSS encoder in MXFP4", "vae": "a FLUX.2 VAE"}
+_FITTING = {
+    "denoiser": "a Lens denoiser",
+    "encoder": "a GPT-OSS encoder in MXFP4",
+    "vae": "a FLUX.2 VAE",
+}
 _ADVICE = {
     "denoiser": "Choose a file such as lens_turbo_bf16.safetensors, or a Lens folder.",
     "encoder": "Choose the gpt-oss-20b folder (MXFP4 shards and tokenizer.json), or a Lens folder.",
@@ -140,7 +147,7 @@ def _shapes(checkpoint: Checkpoint, source: dict[str, str]) -> dict[str, tuple[i
     return {name: checkpoint.header[old].shape for name, old in source.items()}
 
 
-def _shape_of(checkpoint: Checkpoint, shapes: dict[str, tuple[int, ...]]):
+def _shape_of(checkpoint: Checkpoint, shapes: dict[str, tuple[int, ...]]) -> Callable[[str], tuple[int, ...]]:
     def shape(name: str) -> tuple[int, ...]:
         if name not in shapes:
             raise CheckpointError(

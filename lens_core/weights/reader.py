@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -104,7 +104,7 @@ def _files_of_folder(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def _open_safetensors(path: Path):
+def _open_safetensors(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt", device="cpu")
     except (SafetensorError, OSError, ValueError) as error:
@@ -121,11 +121,4 @@ def _why_not(path: Path, error: Exception) -> str:
     return (
         f"{path.name} {reason} ({path.stat().st_size:,} bytes; {error}). "
         "Compare its size with the download page and download it again."
-    )
-
-
-def torch_dtype(name: str) -> torch.dtype:
-    """torch's dtype of a safetensors dtype name; unknown formats are uint8 bytes."""
-    return {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}.get(
-        name, torch.uint8
     )

@@ -7,6 +7,7 @@ float32 (angles and schedule float64), one picture at a time, nothing cached, fu
 It must stay independent of ``lens_core``: nothing is imported from there and no code is shared with it.
 """
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from diffusers import AutoencoderKLFlux2
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
@@ -245,7 +246,7 @@ def render(
     positive = encode(model, prompt)  # an empty prompt is an empty user turn
     unwanted = encode(model, negative) if cfg != 1 and negative.strip() else None  # blank: no text tokens
     x, sigmas = noise.float(), schedule(h * w, steps)
-    for sigma, following in zip(sigmas[:-1], sigmas[1:], strict=True):
+    for sigma, following in itertools.pairwise(sigmas):
         v = velocity(model, x, positive, sigma, h, w)
         if cfg != 1:  # at 1 there is no unconditional pass
             v = guide(v, velocity(model, x, unwanted, sigma, h, w), cfg)

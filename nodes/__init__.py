@@ -1,0 +1,33 @@
+"""The pack's nodes: the one list of them."""
+
+from comfy_api.latest import ComfyExtension, io
+
+from .decode import LensVAEDecode
+from .encode import LensTextEncode
+from .host.paths import register_folders
+from .latent import LensEmptyLatent
+from .load import LensEncoderLoader, LensModelLoader, LensVAELoader
+from .sample import LensGuider, LensNoise, LensSampler, LensScheduler
+
+
+class LensExtension(ComfyExtension):
+    """Registers the nodes and the models/lens folder."""
+
+    async def on_load(self) -> None:
+        """Once, before the nodes are listed."""
+        register_folders()
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        """Every node of the pack."""
+        return [
+            LensModelLoader,
+            LensEncoderLoader,
+            LensVAELoader,
+            LensTextEncode,
+            LensEmptyLatent,
+            LensSampler,
+            LensScheduler,
+            LensGuider,
+            LensNoise,
+            LensVAEDecode,
+        ]

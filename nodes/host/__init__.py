@@ -1,0 +1,1 @@
+"""Everything that touches ComfyUI internals; nothing else in the pack does."""

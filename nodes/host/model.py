@@ -1,0 +1,169 @@
+"""Lens' denoiser as a ComfyUI MODEL: a BaseModel around lens_core's denoiser, in a ModelPatcher.
+
+The denoiser is built from the operations that ComfyUI picks, so LoRA, offloading and dynamic VRAM
+work as for its own models. Two defaults make stock samplers exact: guidance rescaled to the
+conditional norm, and the schedule shift of 1024 x 1024 at the variant's published steps (LensSampler
+and LensScheduler compute it for the actual size).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import comfy.conds
+import comfy.latent_formats
+import comfy.model_base
+import comfy.model_management
+import comfy.model_patcher
+import comfy.supported_models_base
+import comfy.utils
+import torch
+from torch import Tensor
+
+from ...lens_core.config import DenoiserConfig, Variant
+from ...lens_core.denoiser import LensDenoiser
+from ...lens_core.errors import SettingError
+from ...lens_core.loading import component_path
+from ...lens_core.sampling import empirical_mu, norm_rescaled_guidance
+from ...lens_core.weights import (
+    DENOISER,
+    Checkpoint,
+    denoiser_config,
+    load_into,
+    open_checkpoint,
+    variant_of,
+)
+from .denoiser import HostDenoiser
+from .progress import on_progress
+
+_TOKENS_1024 = 64 * 64
+
+
+class LensModelConfig(comfy.supported_models_base.BASE):
+    """What BaseModel and other packs ask about a model; the keys are those of ComfyUI's own Lens."""
+
+    unet_extra_config: dict[str, Any] = {}
+    latent_format = comfy.latent_formats.Flux2
+    # fp16 overflows: values reach 1.4e5, the residual stream 3e7.
+    supported_inference_dtypes = [torch.bfloat16, torch.float32]
+    memory_usage_factor = 4.0
+
+    def __init__(self, config: DenoiserConfig, variant: Variant) -> None:
+        super().__init__(
+            {
+                "image_model": "lens",
+                "in_channels": config.in_channels,
+                "out_channels": config.in_channels // 4,
+                "num_layers": config.num_layers,
+                "num_attention_heads": config.num_attention_heads,
+                "enc_hidden_dim": config.enc_hidden_dim,
+                "multi_layer_encoder_feature": True,
+                "selected_layer_index": tuple(range(config.num_text_layers)),
+            }
+        )
+        self.sampling_settings = {"shift": empirical_mu(_TOKENS_1024, variant.steps)}
+
+
+class LensModel(comfy.model_base.BaseModel):
+    """BaseModel whose conditioning is text features [B, S, L * H] and a mask only where it pads."""
+
+    def __init__(self, model_config: LensModelConfig, device: torch.device | str | None = None) -> None:
+        flow = comfy.model_base.ModelType.FLUX
+        super().__init__(model_config, flow, device=device, unet_model=HostDenoiser)
+
+    def extra_conds(self, **kwargs: Any) -> dict[str, Any]:
+        """Conditioning of one entry; raises SettingError if another model's encoder made it."""
+        out = super().extra_conds(**kwargs)
+        text, mask = kwargs.get("cross_attn"), kwargs.get("attention_mask")
+        if text is None:
+            return out
+        config = self.diffusion_model.config
+        width = config.num_text_layers * config.enc_hidden_dim
+        if text.ndim != 3 or text.shape[-1] != width:
+            raise SettingError(
+                f"The {kwargs.get('prompt_type', 'text')} conditioning has shape {list(text.shape)}; "
+                f"Lens expects [batch, tokens, {width}]. Encode the prompt with a Lens encoder: "
+                "LensEncoderLoader, or CLIPLoader with type 'lens'."
+            )
+        out["c_crossattn"] = comfy.conds.CONDRegular(text)
+        if mask is not None and not bool(mask.all()):
+            out["attention_mask"] = comfy.conds.CONDRegular(mask)
+        return out
+
+
+def lens_cfg_function(args: dict[str, Any]) -> Tensor:
+    """Norm-rescaled guidance for ``sampler_cfg_function``: x - denoised is sigma * velocity."""
+    return norm_rescaled_guidance(args["cond"], args["uncond"], args["cond_scale"], dim=1)
+
+
+def load_model(path: Path, dtype: torch.dtype | None, disable_dynamic: bool = False):
+    """A file or Lens folder as a ModelPatcher, and which published variant it is.
+
+    ``dtype`` None leaves the choice to ComfyUI.
+    """
+    checkpoint = open_checkpoint(component_path(path, "denoiser"))
+    variant = variant_of(path.name, checkpoint.metadata)
+    config = denoiser_config(checkpoint)
+    management = comfy.model_management
+    device, offload_device = management.get_torch_device(), management.unet_offload_device()
+    supported = LensModelConfig.supported_inference_dtypes
+    if dtype is None:
+        parameters = sum(torch.Size(info.shape).numel() for info in checkpoint.header.values())
+        dtype = management.unet_dtype(device, parameters, supported, torch.bfloat16)
+    model_config = LensModelConfig(config, variant)
+    model_config.set_inference_dtype(dtype, management.unet_manual_cast(dtype, device, supported))
+    model = LensModel(model_config, device="meta")
+    model.device = offload_device
+    load_into(
+        model.diffusion_model,
+        checkpoint,
+        DENOISER,
+        dtype,
+        structure=LensDenoiser(config, device="meta"),
+        read=host_reader(checkpoint),
+        on_tensor=on_progress(),
+    )
+    patcher_class = comfy.model_patcher.ModelPatcher
+    if not disable_dynamic:
+        patcher_class = comfy.model_patcher.CoreModelPatcher
+    patcher = patcher_class(model, load_device=device, offload_device=offload_device)
+    patcher.set_model_sampler_cfg_function(lens_cfg_function)
+    # How ComfyUI makes the same model anew for another device; 0: the first of what is returned.
+    patcher.cached_patcher_init = (load_model, (path, dtype), 0)
+    return patcher, variant
+
+
+def host_reader(checkpoint: Checkpoint):
+    """Read tensors with ComfyUI's loader: with dynamic VRAM they then stream from the file.
+
+    It opens files by their ending and would unpickle others, so those are read by ours.
+    """
+    if any(path.suffix.lower() not in (".safetensors", ".sft") for path in checkpoint.paths):
+        return checkpoint.read
+    files = {path: comfy.utils.load_torch_file(str(path)) for path in checkpoint.paths}
+    return lambda name: files[checkpoint.header[name].path][name]
+
+
+def with_guidance(model):
+    """The MODEL with Lens' guidance, unless it has a guidance of its own.
+
+    Loads from LensModelLoader have it already; those of UNETLoader get it here. Raises SettingError
+    for other models.
+    """
+    require_lens(model)
+    if "sampler_cfg_function" in model.model_options:
+        return model
+    model = model.clone()
+    model.set_model_sampler_cfg_function(lens_cfg_function)
+    return model
+
+
+def require_lens(model) -> None:
+    """Raise SettingError unless MODEL is Lens, ours or ComfyUI's own."""
+    own = getattr(comfy.model_base, "Lens", LensModel)
+    if not isinstance(model.model, (LensModel, own)):
+        raise SettingError(
+            f"The model is {type(model.model).__name__}; this node samples Lens only. Connect "
+            "LensModelLoader, or UNETLoader with a Lens file, or use ComfyUI's own KSampler."
+        )

@@ -1,0 +1,65 @@
+"""Where ComfyUI keeps the files: combo options, and a chosen option's path.
+
+Single files come from ComfyUI's own folders; whole Lens folders (diffusers' layout) from
+``models/lens/<name>``; an encoder may also be a folder of shards below ``models/text_encoders``.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import folder_paths
+
+from ...lens_core.errors import CheckpointError
+from ...lens_core.loading import SUBFOLDERS
+
+_HOST_FOLDER = {"denoiser": "diffusion_models", "encoder": "text_encoders", "vae": "vae"}
+_SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
+LENS_FOLDER = "lens"
+
+
+def register_folders() -> None:
+    """Make ``models/lens`` known to ComfyUI; extra_model_paths.yaml may add more places."""
+    default = os.path.join(folder_paths.models_dir, LENS_FOLDER)
+    folder_paths.add_model_folder_path(LENS_FOLDER, default)
+
+
+def choices(component: str) -> list[str]:
+    """Combo options of a loader: single files, then folders."""
+    files = folder_paths.get_filename_list(_HOST_FOLDER[component])
+    singles = [name for name in files if not _SHARD.search(name)]
+    return singles + sorted(_folders(component))
+
+
+def path_of(component: str, name: str) -> Path:
+    """The file or folder of an option; raises CheckpointError where there is none."""
+    single = folder_paths.get_full_path(_HOST_FOLDER[component], name)
+    if single is not None:
+        return Path(single)
+    folder = _folders(component).get(name)
+    if folder is None:
+        raise CheckpointError(
+            f"There is no {component} {name!r}. Expected a file in models/{_HOST_FOLDER[component]} "
+            f"or a Lens folder models/{LENS_FOLDER}/<name> with {SUBFOLDERS[component]}/ in it. "
+            "Press R to refresh the list."
+        )
+    return folder
+
+
+def _folders(component: str) -> dict[str, Path]:
+    found = {}
+    if component == "encoder":
+        found = _subfolders("text_encoders", "*.safetensors.index.json")
+    return {**found, **_subfolders(LENS_FOLDER, f"{SUBFOLDERS[component]}/*.safetensors*")}
+
+
+def _subfolders(key: str, holding: str) -> dict[str, Path]:
+    return {
+        folder.name: folder
+        for root in map(Path, folder_paths.get_folder_paths(key))
+        if root.is_dir()
+        for folder in root.iterdir()
+        if folder.is_dir() and any(folder.glob(holding))
+    }

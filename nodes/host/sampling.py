@@ -1,0 +1,129 @@
+"""Sampling through ComfyUI's own machinery: sizes from latents, noise, guider and the run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import comfy.model_management
+import comfy.sample
+import comfy.samplers
+import comfy.utils
+import latent_preview
+import torch
+from torch import Tensor
+
+from ...lens_core.config import PIXELS_PER_TOKEN
+from ...lens_core.errors import SettingError
+from ...lens_core.sampling import check_size, partial_sigmas, reference_noise, tokens_to_grid
+from .model import with_guidance
+
+Latent = dict[str, Any]
+_CHANNELS = 128
+
+
+def empty_latent(height: int, width: int, batch_size: int) -> Latent:
+    """Zeros [B, 128, h, w] for a size in pixels."""
+    device = comfy.model_management.intermediate_device()
+    shape = (batch_size, _CHANNELS, height // PIXELS_PER_TOKEN, width // PIXELS_PER_TOKEN)
+    return {"samples": torch.zeros(shape, device=device)}
+
+
+def latent_grid(latent: Latent) -> tuple[int, int]:
+    """(h, w) in image tokens of a latent, also of an empty one made for another model.
+
+    Raises SizeError for ratios beyond 1:2, SettingError for another model's latents.
+    """
+    samples = latent["samples"]
+    height, width = samples.shape[-2:]
+    if samples.ndim == 4 and samples.shape[1] == _CHANNELS:
+        ratio = PIXELS_PER_TOKEN
+    else:
+        ratio = latent.get("downscale_ratio_spacial")
+        if samples.ndim != 4 or ratio is None or torch.count_nonzero(samples):
+            raise SettingError(
+                f"The latent has shape {list(samples.shape)}; Lens expects [batch, {_CHANNELS}, "
+                "height / 16, width / 16]. Use LensEmptyLatent, or encode with FLUX.2's VAE."
+            )
+    check_size(height * ratio, width * ratio)
+    return height * ratio // PIXELS_PER_TOKEN, width * ratio // PIXELS_PER_TOKEN
+
+
+def sigmas_for(latent: Latent, steps: int, denoise: float) -> Tensor:
+    """Noise levels for a latent's size; empty at denoise 0."""
+    height, width = latent_grid(latent)
+    return partial_sigmas(steps, height * width, denoise)
+
+
+class ReferenceNoise:
+    """A NOISE: the reference's, drawn token by token in bf16 on the device that computes."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def generate_noise(self, latent: Latent) -> Tensor:
+        """Noise [B, C, h, w] in fp32 on the CPU; ``batch_index`` picks pictures of a larger batch."""
+        batch, channels, height, width = latent["samples"].shape
+        rows = latent.get("batch_index") or range(batch)
+        device = comfy.model_management.get_torch_device()
+        noise = reference_noise(self.seed, max(rows) + 1, height * width, channels, torch.bfloat16, device)
+        return tokens_to_grid(noise[list(rows)], (height, width)).float().cpu().contiguous()
+
+
+def make_guider(model, positive, negative, cfg: float) -> comfy.samplers.CFGGuider:
+    """A GUIDER with Lens' guidance."""
+    guider = comfy.samplers.CFGGuider(with_guidance(model))
+    guider.set_conds(positive, negative)
+    guider.set_cfg(cfg)
+    return guider
+
+
+def sample(
+    model,
+    positive,
+    negative,
+    latent: Latent,
+    *,
+    seed: int,
+    steps: int,
+    cfg: float,
+    noise: str,
+    denoise: float,
+) -> Latent:
+    """Euler steps over Lens' schedule; ``noise`` is "host" or "reference"."""
+    guider = make_guider(model, positive, negative, cfg)
+    sigmas = sigmas_for(latent, steps, denoise)
+    samples = comfy.sample.fix_empty_latent_channels(
+        model, latent["samples"], latent.get("downscale_ratio_spacial")
+    )
+    out = {key: value for key, value in latent.items() if not key.startswith("downscale_ratio")}
+    out["samples"] = samples
+    if not len(sigmas):
+        return out
+    if noise == "reference":
+        start = ReferenceNoise(seed).generate_noise(out)
+    else:
+        start = comfy.sample.prepare_noise(samples, seed, latent.get("batch_index"))
+    result = guider.sample(
+        start,
+        samples,
+        comfy.samplers.sampler_object("euler"),
+        sigmas,
+        denoise_mask=latent.get("noise_mask"),
+        callback=latent_preview.prepare_callback(model, len(sigmas) - 1),
+        disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+        seed=seed,
+    )
+    return {**out, "samples": result.to(comfy.model_management.intermediate_device())}
+
+
+def decode(latent: Latent, vae) -> Tensor:
+    """Pictures [B, H, W, 3] of latents; a VAE with other latents is named before it is run."""
+    samples = latent["samples"]
+    channels = getattr(vae, "latent_channels", _CHANNELS)
+    if samples.ndim != 4 or samples.shape[1] != channels:
+        raise SettingError(
+            f"The latent has shape {list(samples.shape)} and the VAE decodes {channels} channels. "
+            f"Lens' latents have {_CHANNELS}, which FLUX.2's VAE decodes: use LensVAELoader, or "
+            "VAELoader with flux2-vae."
+        )
+    return vae.decode(samples)

@@ -1,0 +1,87 @@
+"""FLUX.2's VAE as a ComfyUI VAE.
+
+comfy.sd.VAE picks its network in its constructor, from a fixed list; this subclass sets the same
+attributes around lens_core's module instead, so every VAE node, tiled or not, works unchanged.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management
+import comfy.model_patcher
+import comfy.sd
+import torch
+from torch import Tensor
+
+from ...lens_core.config import PIXELS_PER_TOKEN
+from ...lens_core.loading import load_vae
+from .progress import on_progress
+
+# Peak bytes per image token and byte of dtype while decoding, 5.0 GB / 8100 tokens / 2 measured at
+# 1440 x 1440 in bf16, and a tenth of reserve. Encoding peaks at about the same per pixel.
+_DECODE_BYTES = 340_000
+
+
+class LensHostVAE(comfy.sd.VAE):
+    """comfy.sd.VAE over lens_core's module; latents are packed and normalised, [B, 128, h, w]."""
+
+    def __init__(self, module: Any, dtype: torch.dtype, device: torch.device) -> None:
+        management = comfy.model_management
+        self.first_stage_model = module
+        self.device, self.vae_dtype = device, dtype
+        self.output_device = management.intermediate_device()
+        self.working_dtypes = [torch.bfloat16, torch.float32]
+        self.latent_channels, self.latent_dim, self.output_channels = 128, 2, 3
+        self.downscale_ratio = self.upscale_ratio = PIXELS_PER_TOKEN
+        self.downscale_index_formula = self.upscale_index_formula = None
+        self.memory_used_decode = _decode_bytes
+        self.memory_used_encode = _encode_bytes
+        self.process_input, self.process_output = _to_signed, _to_unsigned
+        self.extra_1d_channel = self.pad_channel_value = self.format_encoded = self.size = None
+        self.crop_input, self.handles_tiling, self.not_video = True, False, False
+        self.audio_sample_rate = 44100  # read by generic nodes, of no meaning here
+        # Its convolutions are plain torch modules, which ComfyUI moves as a whole.
+        self.disable_offload = True
+        self.patcher = comfy.model_patcher.ModelPatcher(
+            module, load_device=device, offload_device=management.vae_offload_device()
+        )
+        self.model_size()
+
+    def get_sd(self) -> dict[str, Tensor]:
+        """Weights under diffusers' names, as VAESave writes them."""
+        weights = super().get_sd()
+        return {name.removeprefix("model."): value for name, value in weights.items()}
+
+
+def _decode_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    tokens = shape[-1] * shape[-2]
+    return _DECODE_BYTES * tokens * comfy.model_management.dtype_size(dtype)
+
+
+def _encode_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    pixels = shape[-1] * shape[-2]
+    return _DECODE_BYTES * pixels * comfy.model_management.dtype_size(dtype) // PIXELS_PER_TOKEN**2
+
+
+def _to_signed(image: Tensor) -> Tensor:
+    return image * 2 - 1
+
+
+def _to_unsigned(image: Tensor) -> Tensor:
+    """[-1, 1] -> [0, 1], in place as ComfyUI's decode expects."""
+    return image.add_(1).div_(2).clamp_(0, 1)
+
+
+def load_host_vae(path: Path) -> LensHostVAE:
+    """A file or Lens folder as a VAE."""
+    device = comfy.model_management.vae_device()
+    dtype = comfy.model_management.vae_dtype(device, [torch.bfloat16, torch.float32])
+    vae = LensHostVAE(load_vae(path, dtype, on_progress()), dtype, device)
+    vae.patcher.cached_patcher_init = (_load_patcher, (path,))
+    return vae
+
+
+def _load_patcher(path: Path, disable_dynamic: bool = False):
+    return load_host_vae(path).patcher

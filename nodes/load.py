@@ -1,0 +1,113 @@
+"""Loaders: a file or a Lens folder to MODEL, CLIP or VAE."""
+
+import torch
+from comfy_api.latest import io
+
+from .host import paths
+from .host.clip import load_clip
+from .host.model import load_model
+from .host.vae import load_host_vae
+
+_CATEGORY = "Lens/loaders"
+_DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+class LensModelLoader(io.ComfyNode):
+    """Denoiser file or folder -> MODEL and the variant's published settings."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LensModelLoader",
+            display_name="Lens Model Loader",
+            category=_CATEGORY,
+            description=(
+                "Loads a Lens denoiser. Steps and cfg are the settings that the checkpoint was "
+                "published with: connect them, and swapping Turbo, RL and Base swaps them too."
+            ),
+            search_aliases=["microsoft lens", "text to image", "load lens", "lens turbo"],
+            inputs=[
+                io.Combo.Input(
+                    "model_name",
+                    options=paths.choices("denoiser"),
+                    tooltip=(
+                        "A file in models/diffusion_models (lens_bf16, lens_turbo_bf16), or a Lens "
+                        "folder in models/lens. The name tells Turbo and Base apart from Lens."
+                    ),
+                ),
+                io.Combo.Input(
+                    "dtype",
+                    options=list(_DTYPES),
+                    default="auto",
+                    tooltip=(
+                        "How the weights are held. auto: bfloat16 where the GPU has it, else "
+                        "float32. float16 is not offered: Lens overflows in it."
+                    ),
+                ),
+            ],
+            outputs=[
+                io.Model.Output(display_name="MODEL", tooltip="For LensSampler or any sampler."),
+                io.Int.Output(display_name="steps", tooltip="20 for Lens, 4 for Turbo, 50 for Base."),
+                io.Float.Output(display_name="cfg", tooltip="5 for Lens and Base, 1 for Turbo."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model_name: str, dtype: str) -> io.NodeOutput:
+        model, variant = load_model(paths.path_of("denoiser", model_name), _DTYPES[dtype])
+        return io.NodeOutput(model, variant.steps, variant.cfg)
+
+
+class LensEncoderLoader(io.ComfyNode):
+    """GPT-OSS encoder file or folder -> CLIP."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LensEncoderLoader",
+            display_name="Lens Encoder Loader",
+            category=_CATEGORY,
+            description="Loads GPT-OSS-20B as Lens' text encoder; its experts stay packed in 4 bits.",
+            search_aliases=["microsoft lens", "gpt-oss", "lens text encoder", "lens clip"],
+            inputs=[
+                io.Combo.Input(
+                    "encoder_name",
+                    options=paths.choices("encoder"),
+                    tooltip=(
+                        "GPT-OSS-20B in MXFP4: a folder of shards or a file in models/text_encoders, "
+                        "or a Lens folder in models/lens."
+                    ),
+                )
+            ],
+            outputs=[io.Clip.Output(display_name="CLIP", tooltip="For LensTextEncode or CLIPTextEncode.")],
+        )
+
+    @classmethod
+    def execute(cls, encoder_name: str) -> io.NodeOutput:
+        return io.NodeOutput(load_clip(paths.path_of("encoder", encoder_name)))
+
+
+class LensVAELoader(io.ComfyNode):
+    """FLUX.2 VAE file or folder -> VAE."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LensVAELoader",
+            display_name="Lens VAE Loader",
+            category=_CATEGORY,
+            description="Loads FLUX.2's VAE, which Lens draws with.",
+            search_aliases=["microsoft lens", "flux2 vae", "lens vae"],
+            inputs=[
+                io.Combo.Input(
+                    "vae_name",
+                    options=paths.choices("vae"),
+                    tooltip="flux2-vae in models/vae, or a Lens folder in models/lens.",
+                )
+            ],
+            outputs=[io.Vae.Output(display_name="VAE", tooltip="For LensVAEDecode or any VAE node.")],
+        )
+
+    @classmethod
+    def execute(cls, vae_name: str) -> io.NodeOutput:
+        return io.NodeOutput(load_host_vae(paths.path_of("vae", vae_name)))

@@ -1,0 +1,181 @@
+"""Sampling: everything in one node, and its parts for SamplerCustomAdvanced."""
+
+from comfy_api.latest import io
+
+from .host.sampling import ReferenceNoise, make_guider, sample, sigmas_for
+
+_CATEGORY = "Lens/sampling"
+_MAX_SEED = 0xFFFFFFFFFFFFFFFF
+
+
+def _model() -> io.Input:
+    return io.Model.Input("model", tooltip="From LensModelLoader, or UNETLoader with a Lens file.")
+
+
+def _positive() -> io.Input:
+    return io.Conditioning.Input("positive", tooltip="What to draw, from LensTextEncode.")
+
+
+def _negative() -> io.Input:
+    return io.Conditioning.Input("negative", tooltip="What to avoid; not evaluated at cfg 1.")
+
+
+def _latent() -> io.Input:
+    return io.Latent.Input(
+        "latent", tooltip="An empty latent (LensEmptyLatent), or a picture's to start from."
+    )
+
+
+def _seed() -> io.Input:
+    return io.Int.Input(
+        "seed",
+        default=0,
+        min=0,
+        max=_MAX_SEED,
+        control_after_generate=True,
+        tooltip="The same seed with the same settings draws the same picture.",
+    )
+
+
+def _steps() -> io.Input:
+    return io.Int.Input(
+        "steps",
+        default=20,
+        min=1,
+        max=1000,
+        tooltip="20 for Lens, 4 for Turbo, 50 for Base; connect LensModelLoader's steps to follow it.",
+    )
+
+
+def _cfg() -> io.Input:
+    return io.Float.Input(
+        "cfg",
+        default=5.0,
+        min=0.0,
+        max=100.0,
+        step=0.1,
+        round=0.01,
+        tooltip=(
+            "Guidance: how strictly the prompt is followed. 5 for Lens and Base (4 to 4.5 for "
+            "photographs), 1 for Turbo, which then needs half the work."
+        ),
+    )
+
+
+def _denoise() -> io.Input:
+    return io.Float.Input(
+        "denoise",
+        default=1.0,
+        min=0.0,
+        max=1.0,
+        step=0.01,
+        tooltip=(
+            "1 draws from noise. Below 1 the last part of a longer schedule runs on the given "
+            "latent (0.5: the second half of twice the steps); 0 returns it unchanged."
+        ),
+    )
+
+
+class LensSampler(io.ComfyNode):
+    """Model, conditioning and latent -> LATENT, with Lens' schedule and guidance."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LensSampler",
+            display_name="Lens Sampler",
+            category=_CATEGORY,
+            description=(
+                "Draws with the schedule that Lens uses for this size and number of steps, Euler "
+                "steps, and guidance rescaled to the prompt's own strength."
+            ),
+            search_aliases=["microsoft lens", "ksampler", "text to image"],
+            inputs=[
+                _model(),
+                _positive(),
+                _negative(),
+                _latent(),
+                _seed(),
+                _steps(),
+                _cfg(),
+                io.Combo.Input(
+                    "noise",
+                    options=["host", "reference"],
+                    default="host",
+                    tooltip=(
+                        "host: ComfyUI's noise, the same on every machine. reference: the published "
+                        "program's, for its pictures from its seeds (differs between CPU and GPU)."
+                    ),
+                ),
+                _denoise(),
+            ],
+            outputs=[io.Latent.Output(display_name="LATENT", tooltip="For LensVAEDecode.")],
+        )
+
+    @classmethod
+    def execute(cls, model, positive, negative, latent, seed, steps, cfg, noise, denoise) -> io.NodeOutput:
+        settings = {"seed": seed, "steps": steps, "cfg": cfg, "noise": noise, "denoise": denoise}
+        return io.NodeOutput(sample(model, positive, negative, latent, **settings))
+
+
+class LensScheduler(io.ComfyNode):
+    """Steps and size -> SIGMAS."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LensScheduler",
+            display_name="Lens Scheduler",
+            category=_CATEGORY,
+            description="Lens' noise levels for a latent's size, for SamplerCustomAdvanced.",
+            search_aliases=["microsoft lens", "sigmas", "schedule", "mu"],
+            inputs=[_steps(), _latent(), _denoise()],
+            outputs=[io.Sigmas.Output(display_name="SIGMAS", tooltip="steps + 1 levels, down to 0.")],
+        )
+
+    @classmethod
+    def execute(cls, steps, latent, denoise) -> io.NodeOutput:
+        return io.NodeOutput(sigmas_for(latent, steps, denoise))
+
+
+class LensGuider(io.ComfyNode):
+    """Model and conditioning -> GUIDER."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LensGuider",
+            display_name="Lens Guider",
+            category=_CATEGORY,
+            description="Guidance rescaled to the prompt's own strength, for SamplerCustomAdvanced.",
+            search_aliases=["microsoft lens", "cfg", "guidance"],
+            inputs=[_model(), _positive(), _negative(), _cfg()],
+            outputs=[io.Guider.Output(display_name="GUIDER", tooltip="For SamplerCustomAdvanced.")],
+        )
+
+    @classmethod
+    def execute(cls, model, positive, negative, cfg) -> io.NodeOutput:
+        return io.NodeOutput(make_guider(model, positive, negative, cfg))
+
+
+class LensNoise(io.ComfyNode):
+    """Seed -> the reference's NOISE."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LensNoise",
+            display_name="Lens Noise",
+            category=_CATEGORY,
+            description=(
+                "The published program's starting noise for a seed, drawn in bfloat16 on the device "
+                "that computes, for SamplerCustomAdvanced."
+            ),
+            search_aliases=["microsoft lens", "seed", "random noise"],
+            inputs=[_seed()],
+            outputs=[io.Noise.Output(display_name="NOISE", tooltip="For SamplerCustomAdvanced.")],
+        )
+
+    @classmethod
+    def execute(cls, seed) -> io.NodeOutput:
+        return io.NodeOutput(ReferenceNoise(seed))
