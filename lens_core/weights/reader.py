@@ -16,6 +16,8 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 
+# safetensors' own limit.
+_LARGEST_HEADER = 100_000_000
 _MAGIC = {
     b"GGUF": "a GGUF file",
     b"PK\x03\x04": "a zip archive, perhaps a PyTorch .pt or .ckpt file",
@@ -117,8 +119,23 @@ def _why_not(path: Path, error: Exception) -> str:
     for magic, kind in _MAGIC.items():
         if start.startswith(magic):
             return f"{path.name} is {kind}. Expected a .safetensors file; choose another file."
-    reason = "is cut short" if "IncompleteBuffer" in str(error) else "is damaged or no safetensors file"
-    return (
-        f"{path.name} {reason} ({path.stat().st_size:,} bytes; {error}). "
-        "Compare its size with the download page and download it again."
-    )
+    size, expected = path.stat().st_size, _expected_size(path)
+    again = "Download it again."
+    if expected is None:
+        return f"{path.name} is damaged or no safetensors file ({size:,} bytes; {error}). {again}"
+    fault = "is cut short" if size < expected else "has more in it than its header says"
+    return f"{path.name} {fault}: {size:,} bytes instead of {expected:,}. {again}"
+
+
+def _expected_size(path: Path) -> int | None:
+    """Bytes that a safetensors file should have by its header; None where that cannot be read."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > _LARGEST_HEADER:
+            return None
+        header = file.read(length)
+    try:
+        tensors = [entry for name, entry in json.loads(header).items() if name != "__metadata__"]
+        return 8 + length + max((int(entry["data_offsets"][1]) for entry in tensors), default=0)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        return None

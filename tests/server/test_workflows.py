@@ -1,0 +1,87 @@
+"""Every example workflow runs on a real server, and its picture carries a workflow that runs again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from scripts.comfy_server import PACK, ComfyServer, error_of
+from scripts.demo_run import TINY
+from scripts.workflow import NOTES, set_input, to_prompt
+
+WORKFLOWS = sorted((PACK / "example_workflows").glob("*.json"))
+SIZES = {"1:1": (512, 512), "3:2": (624, 416), "16:9": (688, 384)}
+
+
+def test_there_are_example_workflows():
+    assert len(WORKFLOWS) >= 3
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_example_workflow_draws_and_loads_again(server: ComfyServer, path: Path):
+    workflow = json.loads(path.read_text(encoding="utf-8"))
+    info = server.get("/api/object_info")
+    prompt = to_prompt(workflow, info)
+    # The published files and size are out of reach of a test machine; all else runs as it is.
+    for node, values in TINY.items():
+        set_input(prompt, node, **values)
+    set_input(prompt, "LensEmptyLatent", base_resolution="512")
+    ratio = next(n["inputs"]["aspect_ratio"] for n in prompt.values() if n["class_type"] == "LensEmptyLatent")
+
+    entry = server.wait(server.queue(prompt, workflow))
+    assert error_of(entry) is None
+    (saved,) = server.images(entry)
+    with Image.open(saved) as image:
+        assert image.size == SIZES[ratio]
+        assert np.asarray(image).std() > 5, "a flat picture"
+        embedded, embedded_prompt = json.loads(image.text["workflow"]), json.loads(image.text["prompt"])
+
+    assert embedded == workflow
+    again = to_prompt(embedded, info)
+    assert {n["class_type"] for n in again.values()} == {n["class_type"] for n in prompt.values()}
+    assert embedded_prompt == prompt
+    # Another seed, so that the server cannot answer from its cache.
+    for kind, name in (("LensSampler", "seed"), ("LensNoise", "seed")):
+        set_input(embedded_prompt, kind, **{name: 43})
+    second = server.wait(server.queue(embedded_prompt, embedded))
+    assert error_of(second) is None
+    (other,) = server.images(second)
+    assert not np.array_equal(np.asarray(Image.open(other)), np.asarray(Image.open(saved)))
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_example_workflow_is_well_formed(server: ComfyServer, path: Path):
+    workflow = json.loads(path.read_text(encoding="utf-8"))
+    info = server.get("/api/object_info")
+    ours = [node for node in workflow["nodes"] if node["type"].startswith("Lens")]
+    for node in workflow["nodes"]:
+        assert node["type"] in info or node["type"] in NOTES
+    for node in ours:
+        assert node["properties"]["cnr_id"] == "lenspack"
+        names = [
+            *info[node["type"]]["input"].get("required", {}),
+            *info[node["type"]]["input"].get("optional", {}),
+        ]
+        assert all(slot["name"] in names for slot in node["inputs"])
+        assert [slot["name"] for slot in node["outputs"]] == info[node["type"]]["output_name"]
+        for model in node["properties"].get("models", ()):
+            assert model["name"] in node["widgets_values"], "the page looks the widget's value up"
+    assert any(node["properties"].get("models") for node in ours)
+
+
+def test_steps_and_cfg_follow_the_checkpoint(server: ComfyServer, picture_prompt):
+    """Swapping the checkpoint swaps its settings: the wired sampler takes 4 steps, then 20."""
+    counts = {}
+    for name in ("lens_turbo_tiny_bf16.safetensors", "lens_tiny_bf16.safetensors"):
+        prompt = picture_prompt(
+            model__model_name=name, sampler__steps=["model", 1], sampler__cfg=["model", 2]
+        )
+        before = len(server.log.read_text(errors="replace"))
+        assert error_of(server.wait(server.queue(prompt))) is None
+        counts[name] = server.log.read_text(errors="replace")[before:]
+    assert "4/4" in counts["lens_turbo_tiny_bf16.safetensors"]
+    assert "20/20" in counts["lens_tiny_bf16.safetensors"]
