@@ -103,28 +103,43 @@ def _advance(bar: tqdm) -> OnStep:
 
 
 def _check(args: argparse.Namespace) -> tuple[torch.dtype, Variant, tuple[int, int]]:
+    """Dtype, variant and (height, width) that the flags mean; raises before anything is loaded."""
     if args.dtype not in _DTYPES:
         reason = " (float16 overflows: Lens' values reach 1.4e5)" if args.dtype == "float16" else ""
         raise SettingError(f"--dtype must be one of {', '.join(_DTYPES)}, got {args.dtype}{reason}.")
-    if args.n < 1:
-        raise SettingError(f"--n must be at least 1, got {args.n}.")
-    if args.steps is not None and args.steps < 1:
-        raise SettingError(f"--steps must be at least 1, got {args.steps}.")
+    for flag, value in (("--n", args.n), ("--steps", args.steps)):
+        if value is not None and value < 1:
+            raise SettingError(f"{flag} must be at least 1, got {value}.")
+    if args.seed is not None and not 0 <= args.seed < 2**64:
+        raise SettingError(f"--seed must be from 0 to 2**64 - 1, got {args.seed}.")
+    if args.out.exists() and not args.out.is_dir():
+        raise SettingError(f"--out {args.out} is a file; give a folder.")
     if not Path(args.repo_id).is_dir():
         raise SettingError(
             f"--repo_id {args.repo_id} is no folder on this machine, and nothing is downloaded "
             "without being asked. Expected a Lens folder with transformer/, text_encoder/, vae/ "
             "and tokenizer/ in it."
         )
+    _check_device(args.device)
+    return _DTYPES[args.dtype], variant_of(Path(args.repo_id).resolve().name), _size(args)
+
+
+def _size(args: argparse.Namespace) -> tuple[int, int]:
     if (args.height is None) != (args.width is None):
         raise SettingError("--height and --width go together: give both or neither.")
-    size = (
-        bucket(args.base_resolution, args.aspect_ratio) if args.height is None else (args.height, args.width)
-    )
-    check_size(*size)
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        raise SettingError("--device cuda: PyTorch finds no CUDA GPU here. Use --device cpu.")
-    return _DTYPES[args.dtype], variant_of(Path(args.repo_id).resolve().name), size
+    if args.height is None:
+        return bucket(args.base_resolution, args.aspect_ratio)
+    check_size(args.height, args.width)
+    return args.height, args.width
+
+
+def _check_device(name: str) -> None:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise SettingError(f"--device {name} is no device; use cuda, cuda:1, mps or cpu.") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise SettingError(f"--device {name}: PyTorch finds no CUDA GPU here. Use --device cpu.")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

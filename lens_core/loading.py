@@ -28,7 +28,7 @@ from .weights import (
     open_checkpoint,
     vae_config,
 )
-from .weights.detect import is_ldm_vae, require, tokenizer_beside
+from .weights.detect import is_ldm_vae, require
 from .weights.keymap import DENOISER, ENCODER, ENCODER_UNUSED, VAE_DIFFUSERS, VAE_LDM
 from .weights.loader import OnTensor
 from .weights.reader import read_json
@@ -91,8 +91,14 @@ def load_vae(path: str | Path, dtype: torch.dtype, on_tensor: OnTensor | None = 
     require(checkpoint, "vae")
     beside = path / "config.json"
     config: dict[str, Any] = read_json(beside) if beside.is_file() else vae_config(checkpoint)
-    with torch.device("meta"):
-        vae = LensVAE(config)
+    source = beside if beside.is_file() else checkpoint.name
+    try:
+        with torch.device("meta"):
+            vae = LensVAE(config)
+    except Exception as error:  # whatever diffusers and torch raise at odd numbers
+        raise CheckpointError(
+            f"The sizes in {source} make no FLUX.2 VAE ({error}). Download the file again."
+        ) from error
     table = VAE_LDM if is_ldm_vae(checkpoint) else VAE_DIFFUSERS
     counter = ("model.bn.num_batches_tracked",)
     load_into(vae, checkpoint, table, dtype, optional=counter, on_tensor=on_tensor)
@@ -101,12 +107,15 @@ def load_vae(path: str | Path, dtype: torch.dtype, on_tensor: OnTensor | None = 
 
 def _tokenizer(path: Path, checkpoint: Checkpoint) -> PromptTokenizer:
     if "tokenizer_json" in checkpoint.header:
-        text = bytes(checkpoint.read("tokenizer_json").tolist()).decode("utf-8")
-        return PromptTokenizer.from_json(text, f"the tokenizer in {checkpoint.name}")
-    beside = tokenizer_beside(path)
-    if beside is None:
-        raise CheckpointError(
-            f"{checkpoint.name} holds no tokenizer and there is no tokenizer.json in {path} or "
-            f"{path.parent / 'tokenizer'}. Copy gpt-oss-20b's tokenizer.json there."
-        )
-    return PromptTokenizer.from_json(beside.read_text(encoding="utf-8"), str(beside))
+        content = bytes(checkpoint.read("tokenizer_json").tolist()).decode("utf-8", "replace")
+        return PromptTokenizer.from_json(content, f"the tokenizer in {checkpoint.name}")
+    folder = path if path.is_dir() else path.parent
+    for place in (folder, folder / "tokenizer", folder.parent / "tokenizer"):
+        if (place / "tokenizer.json").is_file():
+            beside = place / "tokenizer.json"
+            content = beside.read_text(encoding="utf-8", errors="replace")
+            return PromptTokenizer.from_json(content, str(beside))
+    raise CheckpointError(
+        f"{checkpoint.name} holds no tokenizer and there is no tokenizer.json in {folder} or "
+        f"{folder.parent / 'tokenizer'}. Copy gpt-oss-20b's tokenizer.json there."
+    )

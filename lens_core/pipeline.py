@@ -58,7 +58,8 @@ class LensPipeline:
         """Pictures [B, H, W, 3] in bytes from starting noise [B, N, C]; ``size`` is (height, width)."""
         grid = token_grid(*size)
         positive = self.features(prompt)
-        unwanted = self.features(negative) if negative.strip() else self.empty_features()
+        used = negative.strip() and cfg != 1
+        unwanted = self.features(negative) if used else self.empty_features()
         velocity = partial(self.velocity, positive=positive, negative=unwanted, cfg=cfg, grid=grid)
         latents = euler(velocity, noise, sigmas(steps, noise.shape[1]).to(self.device), on_step)
         return to_uint8(self.vae.decode(tokens_to_grid(latents, grid)))

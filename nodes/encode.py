@@ -24,7 +24,6 @@ class LensTextEncode(io.ComfyNode):
                 io.String.Input(
                     "prompt",
                     multiline=True,
-                    dynamic_prompts=True,
                     tooltip="Whole sentences work best, up to 393 tokens. Put text to be drawn in quotes.",
                 ),
                 io.String.Input(

@@ -14,6 +14,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,9 @@ class ComfyServer:
     its models folder. Use it as a context manager.
     """
 
-    def __init__(self, base: Path, models: Path, comfyui: Path | None = None) -> None:
-        self.base, self.models = base, models
-        self.comfyui = Path(os.environ["COMFYUI_PATH"]) if comfyui is None else comfyui
+    def __init__(self, base: Path, models: Path, arguments: Sequence[str] = ("--cpu",)) -> None:
+        self.base, self.models, self.arguments = base, models, arguments
+        self.comfyui = Path(os.environ["COMFYUI_PATH"])
         self.port = _free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = base / "server.log"
@@ -42,9 +43,9 @@ class ComfyServer:
             (self.models / kind).mkdir(parents=True, exist_ok=True)
         (self.base / "models").symlink_to(self.models, target_is_directory=True)
         (self.base / "custom_nodes" / "ComfyUI-Lens").symlink_to(PACK, target_is_directory=True)
-        command = [sys.executable, "main.py", "--cpu", "--port", str(self.port), "--listen", "127.0.0.1"]
+        command = [sys.executable, "main.py", "--port", str(self.port), "--listen", "127.0.0.1"]
         command += ["--disable-auto-launch", "--base-directory", str(self.base)]
-        command += ["--database-url", "sqlite:///:memory:", "--preview-method", "latent2rgb"]
+        command += ["--database-url", "sqlite:///:memory:", "--preview-method", "latent2rgb", *self.arguments]
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 command, cwd=self.comfyui, stdout=log, stderr=subprocess.STDOUT, start_new_session=True

@@ -27,7 +27,7 @@ def to_prompt(workflow: dict[str, Any], object_info: dict[str, Any]) -> dict[str
     return prompt
 
 
-def set_input(prompt: dict[str, Any], class_type: str, **values: Any) -> None:
+def set_input(prompt: dict[str, Any], class_type: str, /, **values: Any) -> None:
     """Set inputs of every node of one type."""
     for node in prompt.values():
         if node["class_type"] == class_type:

@@ -57,13 +57,19 @@ def check_size(height: int, width: int) -> None:
     """Raise SizeError, with the nearest size that works, for one that does not."""
     unit = PIXELS_PER_TOKEN
     if height < unit or width < unit or height % unit or width % unit:
-        fit = f"{max(unit, round(width / unit) * unit)}x{max(unit, round(height / unit) * unit)}"
-        raise SizeError(f"{width}x{height} pixels: both sides must be multiples of {unit}. Try {fit}.")
-    if max(height, width) > 2 * min(height, width):
-        h, w = nearest_bucket(height, width)
-        raise SizeError(
-            f"{width}x{height} pixels is beyond the ratios 1:2 to 2:1 that Lens can draw. Try {w}x{h}."
-        )
+        reason = f"both sides must be multiples of {unit}"
+    elif _drawable(height, width):
+        return
+    else:
+        reason = "this is beyond the ratios 1:2 to 2:1 that Lens can draw"
+    h, w = (max(unit, round(side / unit) * unit) for side in (height, width))
+    if not _drawable(h, w):
+        h, w = nearest_bucket(max(height, 1), max(width, 1))
+    raise SizeError(f"{width}x{height} pixels: {reason}. Try {w}x{h}.")
+
+
+def _drawable(height: int, width: int) -> bool:
+    return max(height, width) <= 2 * min(height, width)
 
 
 def token_grid(height: int, width: int) -> tuple[int, int]:

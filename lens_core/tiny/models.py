@@ -37,14 +37,14 @@ def encoder_config(vocabulary: int) -> EncoderConfig:
 
 def denoiser_weights(generator: torch.Generator) -> dict[str, Tensor]:
     """fp32 tensors under the checkpoint's names."""
-    return _random_weights(LensDenoiser(DENOISER, device="meta"), generator)
+    return random_weights(LensDenoiser(DENOISER, device="meta"), generator)
 
 
 def encoder_weights(config: EncoderConfig, generator: torch.Generator) -> dict[str, Tensor]:
     """bf16 tensors and packed MXFP4 experts under Hugging Face's names, with norm and lm_head."""
     module = GptOssEncoder(config, device="meta")
     weights = {}
-    for name, value in _random_weights(module, generator).items():
+    for name, value in random_weights(module, generator).items():
         weights[f"model.{name}"] = value.bfloat16()
     for layer in range(config.num_hidden_layers):
         experts = f"model.layers.{layer}.mlp.experts"
@@ -70,7 +70,7 @@ def vae_weights(generator: torch.Generator) -> dict[str, Tensor]:
     """fp32 tensors under diffusers' names, with plausible batch-norm statistics."""
     with torch.device("meta"):
         module = LensVAE(VAE).model
-    weights = _random_weights(module, generator)
+    weights = random_weights(module, generator)
     channels = 4 * VAE["latent_channels"]  # type: ignore[operator]
     weights["bn.running_mean"] = 0.1 * torch.randn(channels, generator=generator)
     weights["bn.running_var"] = 1 + torch.rand(channels, generator=generator)
@@ -78,11 +78,11 @@ def vae_weights(generator: torch.Generator) -> dict[str, Tensor]:
     return dict(sorted(weights.items()))
 
 
-def _random_weights(module: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
+def random_weights(module: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
     """Norms near 1, biases small, matrices with variance 1 / inputs; in the order of the names."""
     weights = {}
     for name, parameter in sorted(module.named_parameters()):
-        noise = torch.randn(parameter.shape, generator=generator)
+        noise = torch.randn(parameter.shape, generator=generator, device=generator.device)
         if parameter.ndim == 1 and name.endswith("weight"):
             weights[name] = 1 + 0.1 * noise
         elif parameter.ndim == 1 or name.endswith("bias"):

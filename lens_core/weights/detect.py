@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
 from ..config import LENS, LENS_BASE, LENS_TURBO, DenoiserConfig, EncoderConfig, Variant
 from ..errors import CheckpointError
 from ..quant.mxfp4 import BLOCK
 from .keymap import DENOISER, ENCODER, rename
 from .reader import Checkpoint
+
+Shape = tuple[int, ...]
 
 # (what it is, a pattern that one of its tensor names matches); the first row that matches wins.
 _KINDS: tuple[tuple[str, str], ...] = (
@@ -75,12 +76,12 @@ def denoiser_config(checkpoint: Checkpoint) -> DenoiserConfig:
     require(checkpoint, "denoiser")
     shapes = _shapes(checkpoint, rename(checkpoint.header, DENOISER))
     shape = _shape_of(checkpoint, shapes)
-    hidden, channels = shape("img_in.weight")
+    hidden, channels = shape("img_in.weight", 2)
     return DenoiserConfig(
         num_layers=_count(shapes, r"^transformer_blocks\.(\d+)\."),
         num_attention_heads=hidden // DenoiserConfig.attention_head_dim,
         in_channels=channels,
-        enc_hidden_dim=shape("txt_norm.0.weight")[0],
+        enc_hidden_dim=shape("txt_norm.0.weight", 1)[0],
         num_text_layers=_count(shapes, r"^txt_norm\.(\d+)\."),
     )
 
@@ -90,17 +91,17 @@ def encoder_config(checkpoint: Checkpoint) -> EncoderConfig:
     require(checkpoint, "encoder")
     shapes = _shapes(checkpoint, rename(checkpoint.header, ENCODER))
     shape = _shape_of(checkpoint, shapes)
-    vocabulary, hidden = shape("embed_tokens.weight")
-    experts, _, groups = shape("layers.0.mlp.experts.down_proj_scales")
-    heads = shape("layers.0.self_attn.sinks")[0]
-    head_dim = shape("layers.0.self_attn.q_proj.weight")[0] // heads
+    vocabulary, hidden = shape("embed_tokens.weight", 2)
+    experts, _, groups = shape("layers.0.mlp.experts.down_proj_scales", 3)
+    heads = shape("layers.0.self_attn.sinks", 1)[0]
+    head_dim = shape("layers.0.self_attn.q_proj.weight", 2)[0] // heads
     return EncoderConfig(
         vocab_size=vocabulary,
         hidden_size=hidden,
         intermediate_size=groups * BLOCK,
         num_hidden_layers=_count(shapes, r"^layers\.(\d+)\."),
         num_attention_heads=heads,
-        num_key_value_heads=shape("layers.0.self_attn.k_proj.weight")[0] // head_dim,
+        num_key_value_heads=shape("layers.0.self_attn.k_proj.weight", 2)[0] // head_dim,
         head_dim=head_dim,
         num_local_experts=experts,
     )
@@ -125,10 +126,10 @@ def vae_config(checkpoint: Checkpoint) -> dict:
         decoder = [f"decoder.up_blocks.{3 - i}.resnets.0.conv1.weight" for i in range(4)]
         layers = _count(header, r"^encoder\.down_blocks\.0\.resnets\.(\d+)\.")
     return {
-        "block_out_channels": [shape(name)[0] for name in encoder],
-        "decoder_block_out_channels": [shape(name)[0] for name in decoder],
+        "block_out_channels": [shape(name, 4)[0] for name in encoder],
+        "decoder_block_out_channels": [shape(name, 4)[0] for name in decoder],
         "layers_per_block": layers,
-        "latent_channels": shape("decoder.conv_in.weight")[1],
+        "latent_channels": shape("decoder.conv_in.weight", 4)[1],
     }
 
 
@@ -143,18 +144,22 @@ def variant_of(name: str, metadata: dict[str, str] | None = None) -> Variant:
     return LENS_BASE if "base" in re.split(r"[^a-z0-9]+", text) else LENS
 
 
-def _shapes(checkpoint: Checkpoint, source: dict[str, str]) -> dict[str, tuple[int, ...]]:
+def _shapes(checkpoint: Checkpoint, source: dict[str, str]) -> dict[str, Shape]:
     return {name: checkpoint.header[old].shape for name, old in source.items()}
 
 
-def _shape_of(checkpoint: Checkpoint, shapes: dict[str, tuple[int, ...]]) -> Callable[[str], tuple[int, ...]]:
-    def shape(name: str) -> tuple[int, ...]:
-        if name not in shapes:
+def _shape_of(checkpoint: Checkpoint, shapes: dict[str, Shape]) -> Callable[[str, int], Shape]:
+    """A function (name, rank) -> shape that raises CheckpointError where the file has no such tensor."""
+
+    def shape(name: str, rank: int) -> Shape:
+        found = shapes.get(name)
+        if found is None or len(found) != rank or 0 in found:
+            has = "no tensor" if found is None else f"the odd shape {list(found)} for"
             raise CheckpointError(
-                f"{checkpoint.name} has no tensor {name}, so its sizes cannot be read. "
+                f"{checkpoint.name} has {has} {name}, so its sizes cannot be read. "
                 "The file is incomplete; download it again."
             )
-        return shapes[name]
+        return found
 
     return shape
 
@@ -163,12 +168,3 @@ def _count(names: Iterable[str], pattern: str) -> int:
     search = re.compile(pattern).search
     found = {int(match[1]) for match in map(search, names) if match}
     return max(found, default=-1) + 1
-
-
-def tokenizer_beside(path: Path) -> Path | None:
-    """tokenizer.json of an encoder folder or file: in it, beside it, or in ``../tokenizer``."""
-    folder = path if path.is_dir() else path.parent
-    for place in (folder, folder / "tokenizer", folder.parent / "tokenizer"):
-        if (place / "tokenizer.json").is_file():
-            return place / "tokenizer.json"
-    return None

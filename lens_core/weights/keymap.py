@@ -8,6 +8,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
+from ..errors import CheckpointError
+
 Table = tuple[tuple[str, str], ...]
 
 DENOISER: Table = ((r"^(?:model\.diffusion_model|diffusion_model|transformer|net)\.", ""),)
@@ -38,14 +40,22 @@ VAE_LDM: Table = (
 
 
 def rename(names: Iterable[str], table: Table, unused: Iterable[str] = ()) -> dict[str, str]:
-    """Module name -> file name, without the names that match ``unused`` after renaming."""
+    """Module name -> file name, without the names that match ``unused`` after renaming.
+
+    Raises CheckpointError where two names become one.
+    """
     dropped = [re.compile(pattern) for pattern in unused]
     rows = [(re.compile(pattern), replacement) for pattern, replacement in table]
-    result = {}
+    result: dict[str, str] = {}
     for name in names:
         new = name
         for pattern, replacement in rows:
             new = pattern.sub(replacement, new, count=1)
-        if not any(pattern.search(new) for pattern in dropped):
-            result[new] = name
+        if any(pattern.search(new) for pattern in dropped):
+            continue
+        if new in result:
+            raise CheckpointError(
+                f"The file holds {new} twice, as {result[new]} and as {name}. Download it again."
+            )
+        result[new] = name
     return result

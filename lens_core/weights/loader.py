@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from ..errors import CheckpointMismatch
+from ..errors import CheckpointError, CheckpointMismatch
 from .keymap import Table, rename
 from .reader import Checkpoint
 
@@ -45,6 +45,7 @@ def load_into(
     expected = (module if structure is None else structure).state_dict()
     want = {name: tuple(tensor.shape) for name, tensor in expected.items()}
     _compare(want, checkpoint, source, set(optional))
+    _check_kinds(expected, checkpoint, source)
     tensors = {}
     for done, (name, stored) in enumerate(source.items(), 1):
         tensor = read(stored).reshape(want[name])
@@ -67,6 +68,18 @@ def _compare(
     shapes = [(n, want[n], got[n]) for n in got if n in want and want[n] != got[n]]
     if missing or unexpected or shapes:
         raise CheckpointMismatch(checkpoint.name, missing, unexpected, shapes)
+
+
+def _check_kinds(expected: dict[str, Tensor], checkpoint: Checkpoint, source: dict[str, str]) -> None:
+    """Bytes where bytes belong, floating-point numbers where those do."""
+    for name, stored in source.items():
+        dtype = checkpoint.header[stored].dtype
+        if dtype.startswith(("F", "BF")) != expected[name].is_floating_point():
+            wanted = "floating-point numbers" if expected[name].is_floating_point() else "integers"
+            raise CheckpointError(
+                f"{checkpoint.name} stores {stored} as {dtype}; expected {wanted}. It is quantised in "
+                "a way that this version does not read: choose the bf16 file."
+            )
 
 
 def _linear_shape(want: Shape | None, got: Shape) -> Shape:

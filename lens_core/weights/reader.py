@@ -21,7 +21,7 @@ _LARGEST_HEADER = 100_000_000
 _MAGIC = {
     b"GGUF": "a GGUF file",
     b"PK\x03\x04": "a zip archive, perhaps a PyTorch .pt or .ckpt file",
-    b"\x80\x02": "a Python pickle, which this program does not open",
+    **{b"\x80" + bytes([n]): "a Python pickle, which this program does not open" for n in range(2, 6)},
     b"version https://git-lfs": "a Git LFS pointer; the weights themselves were not downloaded",
     b"<!DOCTYPE": "a web page; the download went wrong",
     b"<html": "a web page; the download went wrong",
@@ -95,7 +95,12 @@ def _files_of_folder(folder: Path) -> list[Path]:
             f"Expected one .safetensors file, or shards with their .safetensors.index.json, in "
             f"{folder}; found {found}. Download the folder again."
         )
-    names = sorted(set(read_json(indexes[0]).get("weight_map", {}).values()))
+    weight_map = read_json(indexes[0]).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise CheckpointError(
+            f"{indexes[0].name} in {folder} has no weight_map from tensors to files. Download it again."
+        )
+    names = sorted(set(weight_map.values()))
     lacking = [name for name in names if not (folder / name).is_file()]
     if lacking or not names:
         listed = ", ".join(lacking) or "every shard (its weight_map is empty)"
@@ -117,7 +122,7 @@ def _why_not(path: Path, error: Exception) -> str:
     with path.open("rb") as file:
         start = file.read(32)
     for magic, kind in _MAGIC.items():
-        if start.startswith(magic):
+        if start.lower().startswith(magic.lower()):
             return f"{path.name} is {kind}. Expected a .safetensors file; choose another file."
     size, expected = path.stat().st_size, _expected_size(path)
     again = "Download it again."

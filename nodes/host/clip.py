@@ -86,8 +86,12 @@ class LensClipModel(nn.Module):
         return features.flatten(2).to(result_device), None, extra
 
 
-def load_clip(path: Path, disable_dynamic: bool = False) -> comfy.sd.CLIP:
-    """An encoder file or folder as a CLIP, experts packed as they lie on disk."""
+def load_clip(path: Path) -> comfy.sd.CLIP:
+    """An encoder file or folder as a CLIP, experts packed as they lie on disk.
+
+    Never under dynamic VRAM: that moves every buffer at once, and the packed experts are 10 of the 13
+    GB. The classic patcher leaves on the CPU what does not fit, and the experts fetch it as they run.
+    """
     management = comfy.model_management
     device = management.text_encoder_device()
     # Weights stay in the stored bf16; where bf16 arithmetic is slow or absent they are cast in use.
@@ -106,11 +110,11 @@ def load_clip(path: Path, disable_dynamic: bool = False) -> comfy.sd.CLIP:
         target,
         parameters=sum(tensor.nbytes for tensor in encoder.state_dict().values()) // 2,
         model_options={"dtype": torch.bfloat16},
-        disable_dynamic=disable_dynamic,
+        disable_dynamic=True,
     )
     clip.patcher.cached_patcher_init = (_load_patcher, (path,))
     return clip
 
 
 def _load_patcher(path: Path, disable_dynamic: bool = False):
-    return load_clip(path, disable_dynamic).patcher
+    return load_clip(path).patcher

@@ -78,18 +78,26 @@ class LensModel(comfy.model_base.BaseModel):
         text, mask = kwargs.get("cross_attn"), kwargs.get("attention_mask")
         if text is None:
             return out
-        config = self.diffusion_model.config
-        width = config.num_text_layers * config.enc_hidden_dim
-        if text.ndim != 3 or text.shape[-1] != width:
-            raise SettingError(
-                f"The {kwargs.get('prompt_type', 'text')} conditioning has shape {list(text.shape)}; "
-                f"Lens expects [batch, tokens, {width}]. Encode the prompt with a Lens encoder: "
-                "LensEncoderLoader, or CLIPLoader with type 'lens'."
-            )
+        require_text(self.model_config, text, kwargs.get("prompt_type", "text"))
         out["c_crossattn"] = comfy.conds.CONDRegular(text)
         if mask is not None and not bool(mask.all()):
             out["attention_mask"] = comfy.conds.CONDRegular(mask)
         return out
+
+
+def require_text(model_config: Any, text: Tensor, which: str) -> None:
+    """Raise SettingError unless conditioning [B, S, L * H] is from a Lens encoder of the model's size.
+
+    ``model_config`` is ours or ComfyUI's own Lens'; their keys are the same.
+    """
+    sizes = model_config.unet_config
+    width = sizes["enc_hidden_dim"] * len(sizes["selected_layer_index"])
+    if text.ndim != 3 or text.shape[-1] != width:
+        raise SettingError(
+            f"The {which} conditioning has shape {list(text.shape)}; Lens expects [batch, tokens, "
+            f"{width}]. Encode the prompt with a Lens encoder: LensEncoderLoader, or CLIPLoader with "
+            "type 'lens'."
+        )
 
 
 def lens_cfg_function(args: dict[str, Any]) -> Tensor:
@@ -148,10 +156,8 @@ def host_reader(checkpoint: Checkpoint):
 def with_guidance(model):
     """The MODEL with Lens' guidance, unless it has a guidance of its own.
 
-    Loads from LensModelLoader have it already; those of UNETLoader get it here. Raises SettingError
-    for other models.
+    Those from LensModelLoader have it already; UNETLoader's get it here.
     """
-    require_lens(model)
     if "sampler_cfg_function" in model.model_options:
         return model
     model = model.clone()

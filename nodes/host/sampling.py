@@ -15,7 +15,7 @@ from torch import Tensor
 from ...lens_core.config import PIXELS_PER_TOKEN
 from ...lens_core.errors import SettingError
 from ...lens_core.sampling import check_size, partial_sigmas, reference_noise, tokens_to_grid
-from .model import with_guidance
+from .model import require_lens, require_text, with_guidance
 
 Latent = dict[str, Any]
 _CHANNELS = 128
@@ -70,7 +70,12 @@ class ReferenceNoise:
 
 
 def make_guider(model, positive, negative, cfg: float) -> comfy.samplers.CFGGuider:
-    """A GUIDER with Lens' guidance."""
+    """A GUIDER with Lens' guidance; raises SettingError for another model or its conditioning."""
+    require_lens(model)
+    for which, conditioning in (("positive", positive), ("negative", negative)):
+        for text, _ in conditioning:
+            if text is not None:
+                require_text(model.model.model_config, text, which)
     guider = comfy.samplers.CFGGuider(with_guidance(model))
     guider.set_conds(positive, negative)
     guider.set_cfg(cfg)

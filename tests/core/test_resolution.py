@@ -149,7 +149,9 @@ def test_the_size_that_an_error_advises_works(width: int, height: int):
     check_size(*advised(caught.value))
 
 
-@pytest.mark.parametrize(("height", "width"), [(16, 16), (1280, 1024), (1024, 896), (2080, 1040), (512, 1024)])
+@pytest.mark.parametrize(
+    ("height", "width"), [(16, 16), (1280, 1024), (1024, 896), (2080, 1040), (512, 1024)]
+)
 def test_any_multiple_of_16_up_to_2_to_1_is_allowed(height: int, width: int):
     assert token_grid(height, width) == (height // 16, width // 16)
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 PACK = Path(__file__).parents[2]
+PROMPT = "a red circle"
 
 
 @dataclass
@@ -34,6 +36,20 @@ class Host:
             result = node.execute(**inputs)
             return tuple(result.result) if hasattr(result, "result") else tuple(result)
         return tuple(getattr(node(), node.FUNCTION)(**inputs))
+
+
+@dataclass
+class Tiny:
+    """The tiny models behind our loaders, and the conditioning of one prompt and a blank negative.
+
+    Shared by all tests of a session: patch a ``model.clone()``, never the model itself.
+    """
+
+    model: Any
+    clip: Any
+    vae: Any
+    positive: list
+    negative: list
 
 
 @pytest.fixture(scope="session")
@@ -74,14 +90,101 @@ async def _load(nodes: ModuleType, pack: Path) -> bool:
     return await nodes.load_custom_node(str(pack))
 
 
+@pytest.fixture(scope="session")
+def own_models(host: Host, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A second models folder that ComfyUI searches: tests of this worker may write into it."""
+    import folder_paths
+
+    root = tmp_path_factory.mktemp("own_models")
+    for key in ("diffusion_models", "text_encoders", "vae", "loras", "lens"):
+        (root / key).mkdir()
+        folder_paths.add_model_folder_path(key, str(root / key))
+    return root
+
+
+def _load_tiny(host: Host) -> tuple[Any, Any, Any]:
+    model, *_ = host.run("LensModelLoader", model_name="Lens-tiny", dtype="float32")
+    (clip,) = host.run("LensEncoderLoader", encoder_name="gpt_oss_tiny_mxfp4.safetensors")
+    (vae,) = host.run("LensVAELoader", vae_name="flux2_tiny_vae.safetensors")
+    return model, clip, vae
+
+
 @pytest.fixture
 def load_tiny(host: Host) -> Callable[[], tuple[Any, Any, Any]]:
     """Loads fresh (MODEL, CLIP, VAE) of the tiny models through our loaders, in fp32."""
+    return lambda: _load_tiny(host)
 
-    def load() -> tuple[Any, Any, Any]:
-        model, *_ = host.run("LensModelLoader", model_name="Lens-tiny", dtype="float32")
-        (clip,) = host.run("LensEncoderLoader", encoder_name="gpt_oss_tiny_mxfp4.safetensors")
-        (vae,) = host.run("LensVAELoader", vae_name="flux2_tiny_vae.safetensors")
-        return model, clip, vae
 
-    return load
+@pytest.fixture(scope="session")
+def tiny(host: Host) -> Tiny:
+    """The tiny models, loaded once."""
+    with torch.inference_mode():
+        model, clip, vae = _load_tiny(host)
+        positive, negative = host.run("LensTextEncode", clip=clip, prompt=PROMPT, negative="")
+    return Tiny(model, clip, vae, positive, negative)
+
+
+@pytest.fixture(scope="session")
+def draw(host: Host, tiny: Tiny) -> Callable[..., dict[str, Any]]:
+    """LensSampler on a small empty latent, two steps at cfg 5; keyword arguments replace its inputs."""
+
+    def run(**changes: Any) -> dict[str, Any]:
+        inputs = {
+            "model": tiny.model,
+            "positive": tiny.positive,
+            "negative": tiny.negative,
+            "latent": {"samples": torch.zeros(1, 128, 6, 4)},
+            "seed": 1,
+            "steps": 2,
+            "cfg": 5.0,
+            "noise": "host",
+            "denoise": 1.0,
+        }
+        assert changes.keys() <= inputs.keys()
+        (latent,) = host.run("LensSampler", **{**inputs, **changes})
+        return latent
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def stock_lens(host: Host, tiny_folder: Path) -> Callable[..., Any]:
+    """Builds ComfyUI's own Lens network with the tiny fp32 weights and the reference's q/k epsilon."""
+    from tests.host.helpers import stock_network
+
+    return lambda **changes: stock_network(tiny_folder, **changes)
+
+
+@pytest.fixture
+def progress(host: Host, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, int, Any]]]:
+    """Everything that progress bars report during the test: (done, total, preview)."""
+    import comfy.utils
+
+    # By default a bar reports at most every tenth of a second, and every half per cent.
+    monkeypatch.setattr(comfy.utils, "PROGRESS_THROTTLE_MIN_INTERVAL", 0)
+    monkeypatch.setattr(comfy.utils, "PROGRESS_THROTTLE_MIN_PERCENT", 0)
+
+    seen: list[tuple[int, int, Any]] = []
+
+    def hook(done: int, total: int, preview: Any, node_id: Any = None) -> None:
+        seen.append((done, total, preview))
+
+    before = comfy.utils.PROGRESS_BAR_HOOK
+    comfy.utils.set_progress_bar_global_hook(hook)
+    yield seen
+    comfy.utils.set_progress_bar_global_hook(before)
+
+
+@pytest.fixture(scope="session")
+def stock_model(host: Host, own_models: Path, tiny_folder: Path) -> Any:
+    """A MODEL from UNETLoader: ComfyUI's own Lens, the same fp32 weights, the reference's epsilon."""
+    from safetensors.torch import save_file
+
+    from tests.host.helpers import align_qk_eps, fp32_weights
+
+    name = "lens_stock_fp32.safetensors"
+    save_file(fp32_weights(tiny_folder), own_models / "diffusion_models" / name)
+    (model,) = host.run("UNETLoader", unet_name=name, weight_dtype="default")
+    assert model.model_dtype() == torch.float32
+    align_qk_eps(model.model.diffusion_model)
+    return model

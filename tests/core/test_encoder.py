@@ -1,0 +1,214 @@
+"""The encoder against transformers' GptOssModel with the same weights, and what callers rely on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from lens_core.config import CAPTURED_LAYERS, EncoderConfig
+from lens_core.encoder import GptOssEncoder, encode_prompt, no_features
+from lens_core.loading import load_encoder
+from tests.compare import per_token_l2
+
+# fp32 (6e-8) over 24 layers of attention and experts, summed in another order than transformers does;
+# measured: median 1e-6, worst token 3e-6. The median is held to that, single tokens are not: where a
+# token's 4th and 5th router logits are nearly equal, either implementation may choose the other expert
+# and that token (and, a little, those that see it) is legitimately different.
+MEDIAN = 5e-6
+OUTLIER = 1e-5
+OUTLIERS_ALLOWED = 0.01
+
+
+@pytest.fixture
+def encoder(tiny_folder: Path) -> GptOssEncoder:
+    return load_encoder(tiny_folder, torch.float32)[0]
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_folder: Path) -> Callable[[Tensor], Tensor]:
+    """ids [1, S] -> features [1, S, 4, H] by transformers."""
+    from transformers import GptOssConfig, GptOssModel
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    with torch.inference_mode(False):
+        weights = {}
+        for shard in (tiny_folder / "text_encoder").glob("*.safetensors"):
+            for name, tensor in load_file(shard).items():
+                weights[name.removeprefix("model.")] = tensor
+        del weights["lm_head.weight"]
+        vocabulary, hidden = weights["embed_tokens.weight"].shape
+        experts, inner_twice = weights["layers.0.mlp.experts.gate_up_proj_bias"].shape
+        config = GptOssConfig(
+            vocab_size=vocabulary,
+            hidden_size=hidden,
+            intermediate_size=inner_twice // 2,
+            num_hidden_layers=24,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=64,
+            num_local_experts=experts,
+            num_experts_per_tok=4,
+            sliding_window=128,
+            rms_norm_eps=1e-5,
+            rope_parameters={
+                "rope_type": "yarn",
+                "rope_theta": 150000.0,
+                "factor": 32.0,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "truncate": False,
+                "original_max_position_embeddings": 4096,
+            },
+        )
+        config._attn_implementation = config._experts_implementation = "eager"
+        dense = {}
+        for name, tensor in weights.items():
+            if name.endswith("_blocks"):
+                bank = name.removesuffix("_blocks")
+                scales = weights[bank + "_scales"]
+                dense[bank] = convert_moe_packed_tensors(tensor, scales, dtype=torch.float32)
+            elif not name.endswith("_scales"):
+                dense[name] = tensor.float()
+        model = GptOssModel(config).eval()
+        model.load_state_dict(dense)
+    captured: list[Tensor] = []
+    for layer in (5, 11, 17, 23):
+        model.layers[layer].register_forward_hook(lambda module, args, out: captured.append(out))
+
+    def features(ids: Tensor) -> Tensor:
+        captured.clear()
+        model(input_ids=ids, use_cache=False)
+        return torch.stack(captured, dim=2)
+
+    return features
+
+
+def random_ids(encoder: GptOssEncoder, length: int) -> Tensor:
+    return torch.randint(0, encoder.config.vocab_size, (1, length))
+
+
+def agrees(got: Tensor, want: Tensor) -> bool:
+    error = per_token_l2(got, want)
+    return bool(error.median() < MEDIAN and (error > OUTLIER).double().mean() <= OUTLIERS_ALLOWED)
+
+
+# 200 and 600 tokens reach past the sliding window of 128.
+@pytest.mark.parametrize("length", [1, 30, 200, 600])
+def test_features_equal_transformers(encoder: GptOssEncoder, reference: Callable, length: int):
+    ids = random_ids(encoder, length)
+    got = encoder(ids, torch.float32)
+    assert got.shape == (1, length, 4, encoder.config.hidden_size)
+    assert agrees(got, reference(ids))
+
+
+def test_a_batch_of_equal_lengths_equals_each_prompt_alone(encoder: GptOssEncoder, reference: Callable):
+    ids = torch.cat([random_ids(encoder, 150), random_ids(encoder, 150)])
+    assert agrees(encoder(ids, torch.float32), torch.cat([reference(one[None]) for one in ids]))
+
+
+def test_one_layer_in_bf16_stays_close_to_fp32(tiny_folder: Path, encoder: GptOssEncoder):
+    rounded = load_encoder(tiny_folder, torch.bfloat16)[0]
+    ids = random_ids(encoder, 200)
+    got = rounded(ids, torch.bfloat16, captured=(0,))
+    want = encoder(ids, torch.float32, captured=(0,))
+    assert got.dtype == torch.bfloat16
+    # bf16 rounds by up to 2^-9 = 0.2 %, some 20 times in a layer: 1 %, as measured. transformers' bf16 run,
+    # which rounds the softmax too, is 2.4 % off and must not be what this is. One layer and the median,
+    # because at this precision near-ties of the router flip one expert in a hundred.
+    assert per_token_l2(got, want).median() < 0.015
+
+
+def test_swapped_sliding_and_full_layers_are_noticed(
+    encoder: GptOssEncoder, reference: Callable, monkeypatch: pytest.MonkeyPatch
+):
+    for layer in encoder.layers:
+        swapped = 128 if layer.self_attn.window is None else None
+        monkeypatch.setattr(layer.self_attn, "window", swapped)
+    ids = random_ids(encoder, 200)
+    assert not agrees(encoder(ids, torch.float32), reference(ids))
+
+
+def test_a_window_one_token_wider_is_noticed(
+    encoder: GptOssEncoder, reference: Callable, monkeypatch: pytest.MonkeyPatch
+):
+    for layer in encoder.layers[::2]:
+        monkeypatch.setattr(layer.self_attn, "window", 129)
+    ids = random_ids(encoder, 200)
+    assert not agrees(encoder(ids, torch.float32), reference(ids))
+
+
+def test_missing_sinks_are_noticed(encoder: GptOssEncoder, reference: Callable):
+    for layer in encoder.layers:
+        layer.self_attn.sinks.zero_()
+    ids = random_ids(encoder, 30)
+    assert not agrees(encoder(ids, torch.float32), reference(ids))
+
+
+def test_features_of_other_layers_are_noticed(encoder: GptOssEncoder, reference: Callable):
+    ids = random_ids(encoder, 30)
+    assert not agrees(encoder(ids, torch.float32, captured=(4, 10, 16, 22)), reference(ids))
+
+
+def test_a_published_config_alternates_sliding_first():
+    config = EncoderConfig()
+    assert [config.is_sliding(layer) for layer in range(4)] == [True, False, True, False]
+    assert CAPTURED_LAYERS == (5, 11, 17, 23)
+
+
+def test_encode_prompt_crops_exactly_the_prefix(encoder: GptOssEncoder):
+    ids = random_ids(encoder, 60)
+    whole = encoder(ids, torch.float32)
+    got = encode_prompt(encoder, ids[0].tolist(), 37, "cpu", torch.float32)
+    assert torch.equal(got, whole[:, 37:])
+
+
+def test_the_pipelines_features_are_the_prompts_and_the_suffixs(tiny_folder: Path, encoder: GptOssEncoder):
+    tokenizer = load_encoder(tiny_folder, torch.float32)[1]
+    tokens = tokenizer("a red circle")
+    got = encode_prompt(encoder, tokens.ids, tokens.prefix_length, "cpu", torch.float32)
+    assert got.shape[1] == len(tokenizer.encode("a red circle")) + len(tokenizer.suffix)
+
+
+def test_later_tokens_do_not_change_earlier_features(encoder: GptOssEncoder):
+    ids = random_ids(encoder, 60)
+    short, long = encoder(ids[:, :40], torch.float32), encoder(ids, torch.float32)
+    # Causal, so equal but for the summation order in differently shaped matrix products.
+    assert per_token_l2(long[:, :40], short).median() < MEDIAN
+
+
+def test_no_features_are_four_layers_of_nothing(encoder: GptOssEncoder):
+    got = no_features(encoder, 4, torch.bfloat16)
+    assert got.shape == (1, 0, 4, encoder.config.hidden_size)
+    assert got.dtype == torch.bfloat16
+
+
+def test_on_layer_counts_to_24(encoder: GptOssEncoder):
+    calls = []
+    encoder(random_ids(encoder, 5), torch.float32, on_layer=lambda *call: calls.append(call))
+    assert calls == [(done, 24) for done in range(1, 25)]
+
+
+def test_on_layer_may_raise_to_cancel(encoder: GptOssEncoder):
+    ran = []
+    encoder.layers[7].register_forward_hook(lambda *_: ran.append(7))
+
+    def stop(done: int, total: int) -> None:
+        if done == 7:
+            raise InterruptedError
+
+    ids = random_ids(encoder, 5)[0].tolist()
+    with pytest.raises(InterruptedError):
+        encode_prompt(encoder, ids, 0, "cpu", torch.float32, on_layer=stop)
+    assert not ran
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_repeated_runs_are_bitwise_equal(tiny_folder: Path, dtype: torch.dtype):
+    encoder = load_encoder(tiny_folder, dtype)[0]
+    ids = random_ids(encoder, 200)
+    assert torch.equal(encoder(ids, dtype), encoder(ids, dtype))

@@ -1,0 +1,283 @@
+"""What a node promises to workflows and to its user: names, texts, options, help page."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lens_core.sampling import ASPECT_RATIOS, BASE_RESOLUTIONS, bucket
+
+PACK = Path(__file__).parents[2]
+
+# Node id -> (display name, inputs, outputs as (name, type)). Shared workflows hold ids, input names
+# and output positions: a change here breaks them.
+NODES = {
+    "LensModelLoader": (
+        "Lens Model Loader",
+        ["model_name", "dtype"],
+        [("MODEL", "MODEL"), ("steps", "INT"), ("cfg", "FLOAT")],
+    ),
+    "LensEncoderLoader": ("Lens Encoder Loader", ["encoder_name"], [("CLIP", "CLIP")]),
+    "LensVAELoader": ("Lens VAE Loader", ["vae_name"], [("VAE", "VAE")]),
+    "LensTextEncode": (
+        "Lens Text Encode",
+        ["clip", "prompt", "negative"],
+        [("positive", "CONDITIONING"), ("negative", "CONDITIONING")],
+    ),
+    "LensEmptyLatent": (
+        "Lens Empty Latent",
+        ["base_resolution", "aspect_ratio", "batch_size"],
+        [("LATENT", "LATENT"), ("width", "INT"), ("height", "INT")],
+    ),
+    "LensSampler": (
+        "Lens Sampler",
+        ["model", "positive", "negative", "latent", "seed", "steps", "cfg", "noise", "denoise"],
+        [("LATENT", "LATENT")],
+    ),
+    "LensScheduler": ("Lens Scheduler", ["steps", "latent", "denoise"], [("SIGMAS", "SIGMAS")]),
+    "LensGuider": ("Lens Guider", ["model", "positive", "negative", "cfg"], [("GUIDER", "GUIDER")]),
+    "LensNoise": ("Lens Noise", ["seed"], [("NOISE", "NOISE")]),
+    "LensVAEDecode": ("Lens VAE Decode", ["latent", "vae"], [("IMAGE", "IMAGE")]),
+}
+# Values that a workflow stores, by node and input: (type, default).
+SETTINGS = {
+    ("LensModelLoader", "dtype"): (["auto", "bfloat16", "float32"], "auto"),
+    ("LensEmptyLatent", "base_resolution"): (["512", "768", "1024", "1440"], "1024"),
+    ("LensEmptyLatent", "aspect_ratio"): (list(ASPECT_RATIOS), "1:1"),
+    ("LensEmptyLatent", "batch_size"): ("INT", 1),
+    ("LensSampler", "seed"): ("INT", 0),
+    ("LensSampler", "steps"): ("INT", 20),
+    ("LensSampler", "cfg"): ("FLOAT", 5.0),
+    ("LensSampler", "noise"): (["host", "reference"], "host"),
+    ("LensSampler", "denoise"): ("FLOAT", 1.0),
+    ("LensScheduler", "steps"): ("INT", 20),
+    ("LensScheduler", "denoise"): ("FLOAT", 1.0),
+    ("LensGuider", "cfg"): ("FLOAT", 5.0),
+    ("LensNoise", "seed"): ("INT", 0),
+    ("LensTextEncode", "negative"): ("STRING", ""),
+}
+
+
+def declared(node) -> dict[str, tuple]:
+    """Inputs in order, required before optional, as ComfyUI sends them to the page."""
+    types = node.INPUT_TYPES()
+    return {name: entry for kind in ("required", "optional") for name, entry in types.get(kind, {}).items()}
+
+
+def options(entry: tuple) -> list:
+    """A combo's options, in either form that ComfyUI knows."""
+    return entry[1]["options"] if entry[0] == "COMBO" else entry[0]
+
+
+def choices(host, node_id: str) -> list[str]:
+    return options(next(iter(declared(host.node_classes[node_id]).values())))
+
+
+def test_these_are_all(host):
+    assert {node_id for node_id in host.node_classes if node_id.startswith("Lens")} == set(NODES)
+
+
+@pytest.mark.parametrize("node_id", NODES)
+def test_names(host, node_id):
+    display_name, inputs, outputs = NODES[node_id]
+    node = host.node_classes[node_id]
+    schema = node.GET_SCHEMA()
+    assert schema.node_id == node_id and schema.display_name == display_name
+    assert list(declared(node)) == inputs == [entry.id for entry in schema.inputs]
+    assert list(zip(node.RETURN_NAMES, node.RETURN_TYPES, strict=True)) == outputs
+
+
+@pytest.mark.parametrize("node_id", NODES)
+def test_texts(host, node_id):
+    schema = host.node_classes[node_id].GET_SCHEMA()
+    assert re.fullmatch(r"Lens/[a-z]+", schema.category)
+    assert schema.search_aliases and "microsoft lens" in schema.search_aliases
+    texts = [schema.description, *(entry.tooltip for entry in (*schema.inputs, *schema.outputs))]
+    for text in texts:
+        assert text and len(text) > 8 and text.endswith("."), repr(text)
+    assert not schema.is_experimental and not schema.is_deprecated
+
+
+@pytest.mark.parametrize("node_id", NODES)
+def test_help_page(host, node_id):
+    """ComfyUI shows web/docs/<node id>.md. Its tables of inputs and outputs have all of them."""
+    display_name, inputs, outputs = NODES[node_id]
+    text = (PACK / "web" / "docs" / f"{node_id}.md").read_text(encoding="utf-8")
+    assert text.startswith(f"# {display_name}\n") and len(text) > 150
+    for kind, names in (("input", inputs), ("output", [name for name, _ in outputs])):
+        _, table, rest = text.partition(f"| {kind} | meaning |\n|---|---|\n")
+        rows = re.findall(r"^\| ([^|]+) \|", rest.partition("\n\n")[0], re.MULTILINE)
+        assert not table or ", ".join(rows).split(", ") == names
+
+
+def test_help_page_of_sizes():
+    """The table in LensEmptyLatent's page is the code's."""
+    text = (PACK / "web" / "docs" / "LensEmptyLatent.md").read_text(encoding="utf-8")
+    rows = [re.split(r" *\| *", line.strip("| ")) for line in text.splitlines() if line.startswith("|")]
+    table = {row[0]: row[1:] for row in rows if not row[0].startswith("-")}
+    ratios = table.pop("base")
+    assert len(ratios) == 5
+    for base in BASE_RESOLUTIONS:
+        sizes = [f"{width}x{height}" for height, width in (bucket(base, ratio) for ratio in ratios)]
+        assert table[str(base)] == sizes
+
+
+@pytest.mark.parametrize("node_id, name", SETTINGS)
+def test_settings(host, node_id, name):
+    kind, default = SETTINGS[node_id, name]
+    entry = declared(host.node_classes[node_id])[name]
+    assert (options(entry) if isinstance(kind, list) else entry[0]) == kind
+    assert entry[1]["default"] == default
+
+
+def test_only_the_negative_is_optional(host):
+    optional = {
+        (node_id, name)
+        for node_id in NODES
+        for name in host.node_classes[node_id].INPUT_TYPES().get("optional", {})
+    }
+    assert optional == {("LensTextEncode", "negative")}
+    _, negative = host.run("LensTextEncode", clip=_EchoClip(), prompt="x")
+    assert negative == "encoded ''"
+
+
+class _EchoClip:
+    def tokenize(self, text, **_):
+        return text
+
+    def encode_from_tokens_scheduled(self, tokens):
+        return f"encoded {tokens!r}"
+
+
+def test_seed_changes_after_each_run(host):
+    for node_id in ("LensSampler", "LensNoise"):
+        entry = declared(host.node_classes[node_id])["seed"][1]
+        assert entry["control_after_generate"] and entry["max"] == 2**64 - 1
+
+
+@pytest.mark.parametrize("ratio", ASPECT_RATIOS)
+@pytest.mark.parametrize("base", BASE_RESOLUTIONS)
+def test_empty_latent(host, base, ratio):
+    latent, width, height = host.run(
+        "LensEmptyLatent", base_resolution=str(base), aspect_ratio=ratio, batch_size=2
+    )
+    assert (height, width) == bucket(base, ratio)
+    assert latent["samples"].shape == (2, 128, height // 16, width // 16)
+    assert not latent["samples"].any()
+    wide, tall = map(int, ratio.split(":"))
+    assert width / height == pytest.approx(wide / tall, rel=0.05)
+
+
+def test_loaders_list_files_and_folders(host):
+    folders = {"Lens-tiny", "Lens-Turbo-tiny"}
+    singles = {
+        "LensModelLoader": {"lens_tiny_bf16.safetensors", "lens_turbo_tiny_bf16.safetensors"},
+        "LensEncoderLoader": {"gpt_oss_tiny_mxfp4.safetensors"},
+        "LensVAELoader": {"flux2_tiny_vae.safetensors"},
+    }
+    for node_id, files in singles.items():
+        listed = choices(host, node_id)
+        assert folders | files <= set(listed)
+        assert len(listed) == len(set(listed))
+        first_folder = min(listed.index(name) for name in folders)
+        assert all(listed.index(name) < first_folder for name in files), "files come first"
+
+
+def test_shards_are_listed_as_their_folder(host, own_models, tiny_folder):
+    """An encoder folder of shards is one entry; its shards, alone of no use, are none."""
+    shutil.copytree(tiny_folder / "text_encoder", own_models / "text_encoders" / "gpt-oss-20b-tiny")
+    tokenizer = tiny_folder / "tokenizer" / "tokenizer.json"
+    shutil.copy(tokenizer, own_models / "text_encoders" / "gpt-oss-20b-tiny")
+    listed = choices(host, "LensEncoderLoader")
+    assert "gpt-oss-20b-tiny" in listed
+    assert not [name for name in listed if "-of-" in name]
+    (clip,) = host.run("LensEncoderLoader", encoder_name="gpt-oss-20b-tiny")
+    assert clip.tokenize("x")["gpt_oss"][0]
+
+
+def test_new_files_appear_without_restart(host, own_models, tiny_models, tiny_folder):
+    """Pressing R asks for INPUT_TYPES again."""
+    name = "lens_new.safetensors"
+    assert name not in choices(host, "LensModelLoader")
+    shutil.copy(tiny_models / "diffusion_models" / "lens_tiny_bf16.safetensors", own_models / "new")
+    (own_models / "new").rename(own_models / "diffusion_models" / name)
+    assert name in choices(host, "LensModelLoader")
+    assert "New-Lens" not in choices(host, "LensVAELoader")
+    shutil.copytree(tiny_folder / "vae", own_models / "lens" / "New-Lens" / "vae")
+    assert "New-Lens" in choices(host, "LensVAELoader")
+    assert "New-Lens" not in choices(host, "LensModelLoader"), "it has no transformer/"
+    (own_models / "diffusion_models" / name).unlink()
+    assert name not in choices(host, "LensModelLoader")
+
+
+def test_files_in_subfolders(host, own_models, tiny_models):
+    """ComfyUI lists them with their folder; the name alone decides the variant."""
+    folder = own_models / "diffusion_models" / "turbo_things"
+    folder.mkdir()
+    shutil.copy(
+        tiny_models / "diffusion_models" / "lens_tiny_bf16.safetensors", folder / "lens_base.safetensors"
+    )
+    [name] = [name for name in choices(host, "LensModelLoader") if "turbo_things" in name]
+    model, steps, _ = host.run("LensModelLoader", model_name=name, dtype="auto")
+    # The tiny files say in their metadata what they are, which weighs more than a name.
+    assert steps == 20 and model.model.diffusion_model.config.num_layers == 3
+
+
+@pytest.mark.parametrize(
+    "name, steps, cfg",
+    [
+        ("Lens-tiny", 20, 5.0),
+        ("Lens-Turbo-tiny", 4, 1.0),
+        ("lens_tiny_bf16.safetensors", 20, 5.0),
+        ("lens_turbo_tiny_bf16.safetensors", 4, 1.0),
+    ],
+)
+def test_published_settings(host, name, steps, cfg):
+    model, *settings = host.run("LensModelLoader", model_name=name, dtype="auto")
+    assert settings == [steps, cfg]
+    assert isinstance(settings[0], int) and isinstance(settings[1], float)
+    assert model.model.diffusion_model.config.num_layers == 3
+
+
+@pytest.mark.parametrize(
+    "name, metadata, steps, cfg",
+    [
+        ("Lens_TURBO_fp32.safetensors", None, 4, 1.0),
+        ("lens-base.safetensors", None, 50, 5.0),
+        ("lens_database.safetensors", None, 20, 5.0),
+        ("renamed.safetensors", {"lens.variant": "Lens-Turbo"}, 4, 1.0),
+        ("turbo_but_not.safetensors", {"lens.variant": "Lens-Base"}, 50, 5.0),
+    ],
+)
+def test_settings_follow_name_and_metadata(host, own_models, tiny_models, name, metadata, steps, cfg):
+    weights = load_file(tiny_models / "diffusion_models" / "lens_tiny_bf16.safetensors")
+    save_file(weights, own_models / "diffusion_models" / name, metadata=metadata)
+    _, *settings = host.run("LensModelLoader", model_name=name, dtype="auto")
+    assert settings == [steps, cfg]
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16", "float32"])
+def test_dtype(host, draw, dtype):
+    """The CPU computes in fp32 whatever the weights are held in."""
+    model, *_ = host.run("LensModelLoader", model_name="lens_tiny_bf16.safetensors", dtype=dtype)
+    held = {parameter.dtype for parameter in model.model.diffusion_model.parameters()}
+    assert held == {torch.bfloat16 if dtype == "bfloat16" else torch.float32}
+    assert model.model.get_dtype_inference() == torch.float32
+    assert draw(model=model)["samples"].isfinite().all()
+
+
+def test_importing_the_pack_imports_no_diffusers():
+    """diffusers takes seconds; a server's start pays for it only with the first VAE."""
+    import subprocess
+    import sys
+
+    code = (
+        "import sys, lens_core.loading; "
+        "assert 'diffusers' not in sys.modules and 'transformers' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=PACK)

@@ -1,0 +1,158 @@
+"""Progress bars move, previews appear, and Cancel stops every long stage at once."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lens_core.config import CAPTURED_LAYERS
+from lens_core.tiny import models
+
+LAYERS = max(CAPTURED_LAYERS) + 1
+
+
+@pytest.fixture
+def cancel(host):
+    """Presses Cancel; whatever happens, the button is up again after the test."""
+    import comfy.model_management as management
+
+    yield lambda: management.interrupt_current_processing(True)
+    management.interrupt_current_processing(False)
+
+
+@pytest.fixture
+def interrupted(host):
+    import comfy.model_management as management
+
+    return management.InterruptProcessingException
+
+
+class CancelAfter:
+    """A progress hook that presses Cancel at the first report from ``done`` on, and notes the last."""
+
+    def __init__(self, cancel, done: int) -> None:
+        self.cancel, self.done, self.last = cancel, done, 0
+        self.pressed = False
+
+    def __call__(self, done, total, preview, node_id=None) -> None:
+        self.last = done
+        if done >= self.done and not self.pressed:
+            self.pressed = True
+            self.cancel()
+
+
+@pytest.fixture
+def cancel_after(cancel, progress):
+    """Cancels when progress reaches a number; ``progress`` puts the former hook back afterwards."""
+    import comfy.utils
+
+    def install(done: int) -> CancelAfter:
+        hook = CancelAfter(cancel, done)
+        comfy.utils.set_progress_bar_global_hook(hook)
+        return hook
+
+    return install
+
+
+def test_sampling_reports_every_step(draw, progress):
+    draw(steps=5)
+    assert [(done, total) for done, total, _ in progress] == [(step, 5) for step in range(1, 6)]
+
+
+def test_sampling_without_steps_reports_nothing(draw, progress):
+    draw(latent={"samples": torch.ones(1, 128, 6, 4)}, denoise=0.0)
+    assert not progress
+
+
+def test_encoding_reports_every_layer(host, tiny, progress):
+    host.run("CLIPTextEncode", clip=tiny.clip, text="x")
+    assert [(done, total) for done, total, _ in progress] == [(i, LAYERS) for i in range(1, LAYERS + 1)]
+
+
+@pytest.mark.parametrize(
+    "node, inputs",
+    [
+        ("LensModelLoader", {"model_name": "Lens-tiny", "dtype": "float32"}),
+        ("LensEncoderLoader", {"encoder_name": "gpt_oss_tiny_mxfp4.safetensors"}),
+        ("LensVAELoader", {"vae_name": "flux2_tiny_vae.safetensors"}),
+    ],
+)
+def test_loading_reports_and_is_cancelled(host, progress, cancel_after, interrupted, node, inputs):
+    import comfy.utils
+
+    host.run(node, **inputs)
+    done = [report[0] for report in progress]
+    total = progress[-1][1]
+    assert done == sorted(done) and done[-1] == total > 50
+    hook = cancel_after(total // 2)
+    with pytest.raises(interrupted):
+        host.run(node, **inputs)
+    assert hook.last == total // 2, "another tensor was read"
+    comfy.utils.set_progress_bar_global_hook(None)
+    assert host.run(node, **inputs)[0] is not None
+
+
+def test_cancel_before_loading(host, cancel, interrupted):
+    cancel()
+    with pytest.raises(interrupted):
+        host.run("LensVAELoader", vae_name="flux2_tiny_vae.safetensors")
+
+
+def test_cancel_while_encoding(host, tiny, cancel_after, interrupted):
+    hook = cancel_after(LAYERS // 2)
+    with pytest.raises(interrupted):
+        host.run("LensTextEncode", clip=tiny.clip, prompt="a red circle", negative="")
+    assert hook.last == LAYERS // 2, "another layer ran"
+    positive, _ = host.run("LensTextEncode", clip=tiny.clip, prompt="a red circle", negative="")
+    assert torch.equal(positive[0][0], tiny.positive[0][0])
+
+
+def test_cancel_while_sampling(draw, cancel_after, interrupted):
+    want = draw(steps=6)["samples"]
+    hook = cancel_after(3)
+    with pytest.raises(interrupted):
+        draw(steps=6)
+    assert hook.last == 3, "another step ran"
+    assert torch.equal(draw(steps=6)["samples"], want)
+
+
+def test_cancel_within_a_forward(draw, tiny, cancel, interrupted):
+    """A step of the real model takes seconds: the block in which Cancel is pressed is the last."""
+    model, blocks = tiny.model.clone(), []
+
+    def press(args):
+        blocks.append(args["block_index"])
+        cancel()
+        return {"img": args["img"], "txt": args["txt"]}
+
+    model.set_model_double_block_patch(press)
+    with pytest.raises(interrupted):
+        draw(model=model)
+    assert blocks == [0] and models.DENOISER.num_layers > 1
+
+
+@pytest.fixture
+def preview_method(host):
+    """Chooses ComfyUI's preview method for the test."""
+    import latent_preview
+
+    yield latent_preview.set_preview_method
+    latent_preview.set_preview_method()
+
+
+def test_previews(draw, progress, preview_method):
+    """One small picture a step, at the size of the VAE's latents (half the packing)."""
+    preview_method("latent2rgb")
+    draw(steps=3)
+    pictures = [preview for _, _, preview in progress]
+    assert len(pictures) == 3
+    for kind, image, _ in pictures:
+        assert kind == "JPEG" and image.size == (2 * 4, 2 * 6)
+        low, high = zip(*image.getextrema(), strict=True)
+        assert max(high) > min(low), "a flat preview"
+
+
+def test_no_previews_unless_asked(draw, progress, preview_method):
+    preview_method("none")
+    draw(steps=3)
+    assert [preview for _, _, preview in progress] == [None, None, None]
