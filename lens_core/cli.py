@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import secrets
 import sys
 from collections.abc import Sequence
@@ -110,6 +111,8 @@ def _check(args: argparse.Namespace) -> tuple[torch.dtype, Variant, tuple[int, i
     for flag, value in (("--n", args.n), ("--steps", args.steps)):
         if value is not None and value < 1:
             raise SettingError(f"{flag} must be at least 1, got {value}.")
+    if args.cfg is not None and not math.isfinite(args.cfg):
+        raise SettingError(f"--cfg must be a finite number, got {args.cfg}.")
     if args.seed is not None and not 0 <= args.seed < 2**64:
         raise SettingError(f"--seed must be from 0 to 2**64 - 1, got {args.seed}.")
     if args.out.exists() and not args.out.is_dir():
@@ -121,7 +124,10 @@ def _check(args: argparse.Namespace) -> tuple[torch.dtype, Variant, tuple[int, i
             "and tokenizer/ in it."
         )
     _check_device(args.device)
-    return _DTYPES[args.dtype], variant_of(Path(args.repo_id).resolve().name), _size(args)
+    folder = Path(args.repo_id)
+    # A link's own name counts too: caches keep the files under a hash.
+    variant = variant_of(f"{folder.absolute().name} {folder.resolve().name}")
+    return _DTYPES[args.dtype], variant, _size(args)
 
 
 def _size(args: argparse.Namespace) -> tuple[int, int]:
@@ -135,11 +141,10 @@ def _size(args: argparse.Namespace) -> tuple[int, int]:
 
 def _check_device(name: str) -> None:
     try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise SettingError(f"--device {name} is no device; use cuda, cuda:1, mps or cpu.") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise SettingError(f"--device {name}: PyTorch finds no CUDA GPU here. Use --device cpu.")
+        torch.zeros(1, device=name).item()
+    except Exception as error:  # every backend has its own way to say that it is not there
+        reason = str(error).splitlines()[0]
+        raise SettingError(f"--device {name} cannot be used here ({reason}). Use --device cpu.") from error
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -47,8 +47,8 @@ def nearest_bucket(height: int, width: int) -> Size:
     def distance(size: Size) -> tuple[float, float]:
         h, w = size
         shape, area = (h / w) / (height / width), (h * w) / (height * width)
-        # Buckets of one name differ in ratio by a few per cent over the bases; call those equal.
-        return round(max(shape, 1 / shape), 1), max(area, 1 / area)
+        # Buckets of one name differ in ratio by up to 1 % over the bases; steps of 4 % call them equal.
+        return round(25 * max(shape, 1 / shape)), max(area, 1 / area)
 
     return min((size for sizes in BUCKETS.values() for size in sizes.values()), key=distance)
 

@@ -1,12 +1,13 @@
 """Prompt to token ids: the template's ids, control tokens as text, and the cut at 393 tokens.
 
 The fixture is GPT-OSS's tokenizer cut down to the words used here (``make_harmony_subset``); where
-the whole tokenizer lies beside the repository, every test runs with it too.
+LENS_TOKENIZER names the whole tokenizer.json, every test runs with it too.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 from functools import cache
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from lens_core.prompt import PromptTokenizer
 from lens_core.prompt.template import prefix_text, suffix_text
 
 SUBSET = Path(__file__).parents[1] / "fixtures" / "harmony_subset_tokenizer.json"
-WHOLE = Path(__file__).parents[3] / "shared" / "data" / "tokenizer_gpt_oss.json"
+TOKENIZERS = [SUBSET, *map(Path, filter(None, [os.environ.get("LENS_TOKENIZER")]))]
 # Ids of the published tokenizer.
 IDS = {
     "": (),
@@ -43,7 +44,7 @@ def tokenizer_of(path: Path) -> PromptTokenizer:
     return PromptTokenizer.from_json(path.read_text(encoding="utf-8"), path.name)
 
 
-@pytest.fixture(params=[SUBSET, WHOLE] if WHOLE.is_file() else [SUBSET], ids=lambda path: path.stem)
+@pytest.fixture(params=TOKENIZERS, ids=lambda path: path.stem)
 def tokenizer(request: pytest.FixtureRequest) -> PromptTokenizer:
     return tokenizer_of(request.param)
 
