@@ -62,7 +62,8 @@ def generate(args: argparse.Namespace) -> list[Path]:
     seed = secrets.randbelow(2**32) if args.seed is None else args.seed
     prompts = [prompt.strip() for prompt in args.prompt.split("|")]
     device = torch.device(args.device)
-    pipeline = LensPipeline.from_folder(args.repo_id, device, dtype)
+    with tqdm(desc="Loading", unit="tensor", leave=False) as bar:
+        pipeline = LensPipeline.from_folder(args.repo_id, device, dtype, _count(bar))
     noise = pipeline.noise(seed, len(prompts) * args.n, size)
     paths = []
     for index, prompt in enumerate(prompts):
@@ -76,7 +77,7 @@ def generate(args: argparse.Namespace) -> list[Path]:
                 steps=steps,
                 cfg=cfg,
                 negative=args.negative_prompt,
-                on_step=_advance(bar),
+                on_step=_count(bar),
             )
         for number, image in enumerate(images.cpu()):
             settings = {
@@ -99,8 +100,9 @@ def generate(args: argparse.Namespace) -> list[Path]:
     return paths
 
 
-def _advance(bar: tqdm) -> OnStep:
-    return lambda done, _: bar.update(done - bar.n)
+def _count(bar: tqdm) -> OnStep:
+    """A callback (done, total) that moves the bar by one."""
+    return lambda *_: bar.update()
 
 
 def _check(args: argparse.Namespace) -> tuple[torch.dtype, Variant, tuple[int, int]]:

@@ -23,6 +23,7 @@ from .sampling import (
 )
 from .sampling.loop import OnStep
 from .vae import LensVAE, to_uint8
+from .weights.loader import OnTensor
 
 
 @dataclass
@@ -37,10 +38,17 @@ class LensPipeline:
     dtype: torch.dtype
 
     @classmethod
-    def from_folder(cls, folder: str | Path, device: torch.device, dtype: torch.dtype) -> LensPipeline:
-        """Load a folder in diffusers' layout."""
-        encoder, tokenizer = load_encoder(folder, dtype)
-        denoiser, vae = load_denoiser(folder, dtype), load_vae(folder, dtype)
+    def from_folder(
+        cls,
+        folder: str | Path,
+        device: torch.device,
+        dtype: torch.dtype,
+        on_tensor: OnTensor | None = None,
+    ) -> LensPipeline:
+        """Load a folder in diffusers' layout; ``on_tensor(done, total)`` counts in each component."""
+        encoder, tokenizer = load_encoder(folder, dtype, on_tensor=on_tensor)
+        denoiser = load_denoiser(folder, dtype, on_tensor=on_tensor)
+        vae = load_vae(folder, dtype, on_tensor)
         return cls(tokenizer, encoder.to(device), denoiser.to(device), vae.to(device), device, dtype)
 
     @torch.inference_mode()

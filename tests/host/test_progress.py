@@ -131,6 +131,36 @@ def test_cancel_within_a_forward(draw, tiny, cancel, interrupted):
     assert blocks == [0] and models.DENOISER.num_layers > 1
 
 
+@pytest.mark.parametrize("part, node", [("decoder", "LensVAEDecode"), ("encoder", "VAEEncode")])
+def test_cancel_within_the_vae(host, tiny, cancel, interrupted, part, node):
+    """On a CPU a large picture takes the VAE minutes; ComfyUI's own VAEs stop at the next layer."""
+    inputs = {
+        "LensVAEDecode": {"latent": {"samples": torch.zeros(1, 128, 6, 4)}},
+        "VAEEncode": {"pixels": torch.rand(1, 96, 64, 3)},
+    }[node]
+    (want,) = host.run(node, vae=tiny.vae, **inputs)
+    reached = []
+
+    def press(layer, *_) -> None:
+        reached.append(layer)
+        cancel()
+
+    layers = [
+        getattr(tiny.vae.first_stage_model.model, part).get_submodule(n) for n in ("conv_in", "conv_out")
+    ]
+    handles = [layer.register_forward_hook(press) for layer in layers]
+    try:
+        with pytest.raises(interrupted):
+            host.run(node, vae=tiny.vae, **inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert reached == layers[:1], "it ran to its end"
+    (again,) = host.run(node, vae=tiny.vae, **inputs)
+    pair = (again, want) if node == "LensVAEDecode" else (again["samples"], want["samples"])
+    assert torch.equal(*pair)
+
+
 @pytest.fixture
 def preview_method(host):
     """Chooses ComfyUI's preview method for the test."""
