@@ -62,7 +62,7 @@ def generate(args: argparse.Namespace) -> list[Path]:
     seed = secrets.randbelow(2**32) if args.seed is None else args.seed
     prompts = [prompt.strip() for prompt in args.prompt.split("|")]
     device = torch.device(args.device)
-    with tqdm(desc="Loading", unit="tensor", leave=False) as bar:
+    with tqdm(desc="Loading", unit="tensor", leave=False, disable=None) as bar:
         pipeline = LensPipeline.from_folder(args.repo_id, device, dtype, _count(bar))
     noise = pipeline.noise(seed, len(prompts) * args.n, size)
     paths = []
