@@ -48,11 +48,19 @@ class LensHostVAE(comfy.sd.VAE):
             module, load_device=device, offload_device=management.vae_offload_device()
         )
         self.model_size()
+        # Cancel between layers, as ComfyUI's own layers do: a large picture takes a while on a CPU.
+        for layer in module.modules():
+            if isinstance(layer, torch.nn.Conv2d):
+                layer.register_forward_pre_hook(_stop_if_cancelled)
 
     def get_sd(self) -> dict[str, Tensor]:
         """Weights under diffusers' names, as VAESave writes them."""
         weights = super().get_sd()
         return {name.removeprefix("model."): value for name, value in weights.items()}
+
+
+def _stop_if_cancelled(*_: Any) -> None:
+    comfy.model_management.throw_exception_if_processing_interrupted()
 
 
 def _decode_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:

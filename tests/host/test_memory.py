@@ -214,6 +214,22 @@ def test_partly_loaded_model_takes_patches(fresh, tiny):
     assert relative_l2(got, tiny.model.model.diffusion_model(x, sigma, context)) > 1e-3
 
 
+def test_vae_is_loaded_as_a_whole(tiny, management, monkeypatch):
+    """Its plain torch layers cannot compute with weights that stayed elsewhere."""
+    load, seen = management.load_models_gpu, []
+
+    def spy(models, **kwargs):
+        seen.append(kwargs["force_full_load"])
+        return load(models, **kwargs)
+
+    monkeypatch.setattr(management, "load_models_gpu", spy)
+    tiny.vae.decode(torch.zeros(1, 128, 1, 1))
+    tiny.vae.encode(torch.zeros(1, 16, 16, 3))
+    tiny.vae.decode_tiled(torch.zeros(1, 128, 1, 1))
+    tiny.vae.encode_tiled(torch.zeros(1, 16, 16, 3))
+    assert seen == [True] * 4
+
+
 def test_memory_estimates(tiny):
     """Positive, and in proportion to the picture: ComfyUI frees this much before it runs."""
     small, large = ([1, 128, 32, 32], [1, 128, 64, 64])
