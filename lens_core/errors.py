@@ -18,7 +18,8 @@ class CheckpointError(LensError):
 class CheckpointMismatch(CheckpointError):
     """A checkpoint's tensors are not the ones that the module needs.
 
-    Every missing, unexpected and wrong-shaped tensor is in the lists and in the message.
+    Every missing, unexpected and wrong-shaped tensor is in the lists; the message names the first of
+    each kind, since a whole wrong file has a thousand.
     """
 
     def __init__(
@@ -31,14 +32,20 @@ class CheckpointMismatch(CheckpointError):
         self.missing, self.unexpected, self.wrong_shape = missing, unexpected, wrong_shape
         parts = [f"{what} does not hold the tensors that this model needs."]
         if missing:
-            parts.append(f"Missing ({len(missing)}): {', '.join(missing)}.")
+            parts.append(f"Missing ({len(missing)}): {_first(missing)}.")
         if unexpected:
-            parts.append(f"Unexpected ({len(unexpected)}): {', '.join(unexpected)}.")
+            parts.append(f"Unexpected ({len(unexpected)}): {_first(unexpected)}.")
         if wrong_shape:
-            listed = (f"{name} should be {list(want)}, is {list(got)}" for name, want, got in wrong_shape)
-            parts.append(f"Wrong shape ({len(wrong_shape)}): {'; '.join(listed)}.")
+            listed = [f"{name} should be {list(want)}, is {list(got)}" for name, want, got in wrong_shape]
+            parts.append(f"Wrong shape ({len(wrong_shape)}): {_first(listed)}.")
         parts.append("Download the file again, or choose one made for Lens.")
         super().__init__(" ".join(parts))
+
+
+def _first(names: list[str], count: int = 12) -> str:
+    """The first names, and how many more there are."""
+    rest = len(names) - count
+    return ", ".join(names[:count]) + (f" and {rest} more" if rest > 0 else "")
 
 
 class SizeError(LensError):

@@ -6,6 +6,7 @@ Tensors already in the wanted dtype stay where the file is mapped; others are co
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 
 import torch
@@ -15,6 +16,7 @@ from ..errors import CheckpointError, CheckpointMismatch
 from .keymap import Table, rename
 from .reader import Checkpoint
 
+log = logging.getLogger(__name__)
 OnTensor = Callable[[int, int], None]
 Shape = tuple[int, ...]
 
@@ -37,8 +39,8 @@ def load_into(
     with the same tensors to compare with, where ``module``'s own are not there yet (ComfyUI's lazy
     layers). ``unused`` are patterns of names to leave in the file, ``optional`` buffers that it may
     lack. ``read`` replaces the checkpoint's own reading (a host may have a faster one).
-    ``on_tensor(done, total)`` may raise to cancel. Raises CheckpointMismatch with every missing,
-    unexpected and wrong-shaped tensor.
+    ``on_tensor(done, total)`` may raise to cancel. Raises CheckpointMismatch where the tensors are
+    others; every missing, unexpected and wrong-shaped one is logged.
     """
     read = checkpoint.read if read is None else read
     source = rename(checkpoint.header, table, unused)
@@ -67,6 +69,7 @@ def _compare(
     unexpected = [source[name] for name in got if name not in want]
     shapes = [(n, want[n], got[n]) for n in got if n in want and want[n] != got[n]]
     if missing or unexpected or shapes:
+        log.error("%s: missing %s; unexpected %s; shapes %s", checkpoint.name, missing, unexpected, shapes)
         raise CheckpointMismatch(checkpoint.name, missing, unexpected, shapes)
 
 

@@ -168,8 +168,9 @@ def with_guidance(model):
 def require_lens(model) -> None:
     """Raise SettingError unless MODEL is Lens, ours or ComfyUI's own."""
     own = getattr(comfy.model_base, "Lens", LensModel)
-    if not isinstance(model.model, (LensModel, own)):
+    network = getattr(model, "model", None)
+    if not isinstance(network, (LensModel, own)):
         raise SettingError(
-            f"The model is {type(model.model).__name__}; this node samples Lens only. Connect "
+            f"The model is {type(network).__name__}; this node samples Lens only. Connect "
             "LensModelLoader, or UNETLoader with a Lens file, or use ComfyUI's own KSampler."
         )

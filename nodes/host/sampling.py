@@ -123,6 +123,10 @@ def sample(
 
 def decode(latent: Latent, vae) -> Tensor:
     """Pictures [B, H, W, 3] of latents; a VAE with other latents is named before it is run."""
+    if vae is None:
+        raise SettingError(
+            "No VAE arrived: the loader before gave none. Connect LensVAELoader, or VAELoader with flux2-vae."
+        )
     samples = latent["samples"]
     channels = getattr(vae, "latent_channels", _CHANNELS)
     if samples.ndim != 4 or samples.shape[1] != channels:
