@@ -138,7 +138,7 @@ class LensDenoiser(nn.Module):
 
     def rotary(self, grid: tuple[int, int], text_length: int, device: torch.device) -> Tensor:
         """Rotation table [2, N + S, D / 2] of the joint sequence."""
-        positions = joint_positions(*grid, text_length)
+        positions = joint_positions(*grid, text_length, device)
         table = rotary_table(positions, self.config.axes_dims_rope, self.config.rope_theta)
         return table.to(device)
 
