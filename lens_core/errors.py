@@ -48,6 +48,10 @@ def _first(names: list[str], count: int = 12) -> str:
     return ", ".join(names[:count]) + (f" and {rest} more" if rest > 0 else "")
 
 
+class MissingPackage(LensError):
+    """A Python package is missing or too old; the message holds the pip line."""
+
+
 class SizeError(LensError):
     """A picture size that the model cannot make."""
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .denoiser import LensDenoiser
 from .encoder import GptOssEncoder
-from .errors import CheckpointError
+from .errors import CheckpointError, MissingPackage
 from .ops import Operations
 from .prompt import PromptTokenizer
 from .vae import LensVAE
@@ -95,6 +95,8 @@ def load_vae(path: str | Path, dtype: torch.dtype, on_tensor: OnTensor | None = 
     try:
         with torch.device("meta"):
             vae = LensVAE(config)
+    except MissingPackage:
+        raise
     except Exception as error:  # whatever diffusers and torch raise at odd numbers
         raise CheckpointError(
             f"The sizes in {source} make no FLUX.2 VAE ({error}). Download the file again."

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import MissingPackage
+
 
 def pack(latents: Tensor) -> Tensor:
     """[B, C, 2h, 2w] -> [B, 4C, h, w]; packed channel order is (channel, row, column)."""
@@ -33,8 +35,12 @@ class LensVAE(nn.Module):
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__()
         # Here and not above: importing diffusers takes seconds, which a server's start should not.
-        from diffusers import AutoencoderKLFlux2
-
+        try:
+            from diffusers import AutoencoderKLFlux2
+        except ImportError as error:
+            raise MissingPackage(
+                "FLUX.2's VAE needs diffusers 0.38 or newer: pip install 'diffusers>=0.38'."
+            ) from error
         self.model = AutoencoderKLFlux2.from_config(config)
 
     def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:

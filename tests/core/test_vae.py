@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lens_core.errors import MissingPackage
 from lens_core.loading import load_vae
 from lens_core.vae import LensVAE, to_uint8
 from lens_core.vae.autoencoder import pack, unpack
@@ -223,3 +226,12 @@ def test_the_published_sizes_are_diffusers_defaults():
     with torch.device("meta"):
         model = AutoencoderKLFlux2()
     assert sum(parameter.numel() for parameter in model.parameters()) == 84_046_115
+
+
+def test_a_missing_or_old_diffusers_is_named_with_the_pip_line(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A module without the class is what an old diffusers looks like."""
+    monkeypatch.setitem(sys.modules, "diffusers", ModuleType("diffusers"))
+    with pytest.raises(MissingPackage, match=r"pip install 'diffusers>=0\.38'"):
+        load_vae(tiny_folder, torch.float32)
