@@ -8,6 +8,7 @@ and LensScheduler compute it for the actual size).
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from ...lens_core.weights import (
 from .denoiser import HostDenoiser
 from .progress import on_progress
 
+log = logging.getLogger(__name__)
 _TOKENS_1024 = 64 * 64
 
 
@@ -116,18 +118,16 @@ def load_model(path: Path, dtype: torch.dtype | None, disable_dynamic: bool = Fa
     management = comfy.model_management
     device, offload_device = management.get_torch_device(), management.unet_offload_device()
     supported = LensModelConfig.supported_inference_dtypes
-    if dtype is None:
-        parameters = sum(torch.Size(info.shape).numel() for info in checkpoint.header.values())
-        dtype = management.unet_dtype(device, parameters, supported, torch.bfloat16)
+    held = dtype or _dtype_for(checkpoint, device, supported)
     model_config = LensModelConfig(config, variant)
-    model_config.set_inference_dtype(dtype, management.unet_manual_cast(dtype, device, supported))
+    model_config.set_inference_dtype(held, management.unet_manual_cast(held, device, supported))
     model = LensModel(model_config, device="meta")
     model.device = offload_device
     load_into(
         model.diffusion_model,
         checkpoint,
         DENOISER,
-        dtype,
+        held,
         structure=LensDenoiser(config, device="meta"),
         read=host_reader(checkpoint),
         on_tensor=on_progress(),
@@ -140,6 +140,16 @@ def load_model(path: Path, dtype: torch.dtype | None, disable_dynamic: bool = Fa
     # How ComfyUI makes the same model anew for another device; 0: the first of what is returned.
     patcher.cached_patcher_init = (load_model, (path, dtype), 0)
     return patcher, variant
+
+
+def _dtype_for(checkpoint: Checkpoint, device: torch.device, supported: list[torch.dtype]) -> torch.dtype:
+    """ComfyUI's choice for the GPU and its start flags, unless a flag asks for what Lens cannot do."""
+    parameters = sum(torch.Size(info.shape).numel() for info in checkpoint.header.values())
+    chosen = comfy.model_management.unet_dtype(device, parameters, supported, torch.bfloat16)
+    if chosen in supported:
+        return chosen
+    log.warning("ComfyUI was started with a flag for %s; Lens is loaded in bfloat16 instead.", chosen)
+    return torch.bfloat16
 
 
 def host_reader(checkpoint: Checkpoint):

@@ -271,6 +271,18 @@ def test_dtype(host, draw, dtype):
     assert draw(model=model)["samples"].isfinite().all()
 
 
+@pytest.mark.parametrize("flag", ["fp16_unet", "fp8_e4m3fn_unet"])
+def test_start_flags_for_what_lens_cannot_do(host, draw, monkeypatch, caplog, flag):
+    """With --fp16-unet a picture would be black; the flag is for the user's other models."""
+    from comfy.cli_args import args
+
+    monkeypatch.setattr(args, flag, True)
+    model, *_ = host.run("LensModelLoader", model_name="lens_tiny_bf16.safetensors", dtype="auto")
+    assert {parameter.dtype for parameter in model.model.diffusion_model.parameters()} == {torch.bfloat16}
+    assert "Lens is loaded in bfloat16 instead" in caplog.text
+    assert draw(model=model)["samples"].isfinite().all()
+
+
 def test_importing_the_pack_imports_no_diffusers():
     """diffusers takes seconds; a server's start pays for it only with the first VAE."""
     import subprocess
