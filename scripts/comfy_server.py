@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 import urllib.error
-import urllib.parse
 import urllib.request
 import uuid
 from collections.abc import Sequence
@@ -22,7 +21,8 @@ PACK = Path(__file__).resolve().parents[1]
 
 
 class ComfyServer:
-    """ComfyUI on the CPU with its own base folder, so that its checkout is never written to.
+    """ComfyUI with its own base folder, so that its checkout is never written to; on the CPU unless
+    ``arguments`` for its main.py say otherwise.
 
     ``base`` gets custom_nodes (a link to the pack), input, output, temp and user; ``models`` becomes
     its models folder. Use it as a context manager.

@@ -33,8 +33,7 @@ def sigmas(steps: int, tokens: int) -> Tensor:
 
     sigma = e^mu / (e^mu + 1/t - 1) for ``steps`` even times t from 1 to 1/steps.
     """
-    if steps < 1:
-        raise SettingError(f"The number of steps must be at least 1, got {steps}.")
+    _check_steps(steps)
     times = torch.linspace(1, 1 / steps, steps, dtype=torch.float64)
     shift = math.exp(empirical_mu(tokens, steps))
     levels = shift / (shift + 1 / times - 1)
@@ -49,8 +48,12 @@ def partial_sigmas(steps: int, tokens: int, denoise: float) -> Tensor:
     """
     if not 0 <= denoise <= 1:
         raise SettingError(f"denoise must be between 0 and 1, got {denoise}.")
-    if steps < 1:
-        raise SettingError(f"The number of steps must be at least 1, got {steps}.")
+    _check_steps(steps)
     if denoise == 0:
         return torch.zeros(0)
     return sigmas(int(steps / denoise), tokens)[-(steps + 1) :]
+
+
+def _check_steps(steps: int) -> None:
+    if steps < 1:
+        raise SettingError(f"The number of steps must be at least 1, got {steps}.")

@@ -56,10 +56,8 @@ def encoder_weights(config: EncoderConfig, generator: torch.Generator) -> dict[s
             shape = (config.num_local_experts, rows, columns // BLOCK, BLOCK)
             dense = torch.randn(shape, generator=generator).flatten(-2) / math.sqrt(columns)
             blocks, scales = quantize(dense)
-            weights[f"{experts}.{name}_blocks"], weights[f"{experts}.{name}_scales"] = (
-                blocks,
-                scales,
-            )
+            weights[f"{experts}.{name}_blocks"] = blocks
+            weights[f"{experts}.{name}_scales"] = scales
     weights["model.norm.weight"] = torch.ones(config.hidden_size, dtype=torch.bfloat16)
     head = torch.randn(config.vocab_size, config.hidden_size, generator=generator)
     weights["lm_head.weight"] = (head / math.sqrt(config.hidden_size)).bfloat16()

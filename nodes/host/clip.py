@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from ...lens_core.config import CAPTURED_LAYERS
-from ...lens_core.encoder import GptOssEncoder, encode_prompt
+from ...lens_core.encoder import GptOssEncoder, encode_prompt, no_features
 from ...lens_core.loading import load_encoder
 from ...lens_core.prompt import PromptTokenizer
-from .model import host_reader
 from .progress import on_progress
+from .reader import host_reader
 
 _KEY = "gpt_oss"
 
@@ -76,9 +76,8 @@ class LensClipModel(nn.Module):
         extra = {"num_layers_stacked": len(CAPTURED_LAYERS)}
         result_device = comfy.model_management.intermediate_device()
         if not ids:
-            width = len(CAPTURED_LAYERS) * self.transformer.config.hidden_size
-            empty = torch.zeros(1, 0, width, dtype=self.compute_dtype, device=result_device)
-            return empty, None, extra
+            empty = no_features(self.transformer, len(CAPTURED_LAYERS), self.compute_dtype)
+            return empty.flatten(2).to(result_device), None, extra
         device = self.execution_device or torch.device("cpu")
         features = encode_prompt(
             self.transformer, ids, self.prefix_length, device, self.compute_dtype, on_progress()

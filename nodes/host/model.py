@@ -18,7 +18,6 @@ import comfy.model_base
 import comfy.model_management
 import comfy.model_patcher
 import comfy.supported_models_base
-import comfy.utils
 import torch
 from torch import Tensor
 
@@ -37,6 +36,7 @@ from ...lens_core.weights import (
 )
 from .denoiser import HostDenoiser
 from .progress import on_progress
+from .reader import host_reader
 
 log = logging.getLogger(__name__)
 _TOKENS_1024 = 64 * 64
@@ -132,9 +132,8 @@ def load_model(path: Path, dtype: torch.dtype | None, disable_dynamic: bool = Fa
         read=host_reader(checkpoint),
         on_tensor=on_progress(),
     )
-    patcher_class = comfy.model_patcher.ModelPatcher
-    if not disable_dynamic:
-        patcher_class = comfy.model_patcher.CoreModelPatcher
+    patchers = comfy.model_patcher
+    patcher_class = patchers.ModelPatcher if disable_dynamic else patchers.CoreModelPatcher
     patcher = patcher_class(model, load_device=device, offload_device=offload_device)
     patcher.set_model_sampler_cfg_function(lens_cfg_function)
     # How ComfyUI makes the same model anew for another device; 0: the first of what is returned.
@@ -150,17 +149,6 @@ def _dtype_for(checkpoint: Checkpoint, device: torch.device, supported: list[tor
         return chosen
     log.warning("ComfyUI was started with a flag for %s; Lens is loaded in bfloat16 instead.", chosen)
     return torch.bfloat16
-
-
-def host_reader(checkpoint: Checkpoint):
-    """Read tensors with ComfyUI's loader: with dynamic VRAM they then stream from the file.
-
-    It opens files by their ending and would unpickle others, so those are read by ours.
-    """
-    if any(path.suffix.lower() not in (".safetensors", ".sft") for path in checkpoint.paths):
-        return checkpoint.read
-    files = {path: comfy.utils.load_torch_file(str(path)) for path in checkpoint.paths}
-    return lambda name: files[checkpoint.header[name].path][name]
 
 
 def with_guidance(model):
