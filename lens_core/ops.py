@@ -11,10 +11,28 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 # A namespace with Linear, RMSNorm and Embedding, constructed like torch.nn's.
 Operations = Any
+
+
+class _CastingLinear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
+
+
+class CastingOperations:
+    """torch.nn's layers, except that Linear casts its weight to its input's dtype as it runs.
+
+    Weights so stay as stored on hardware where their dtype is slow or absent; in the same dtype nothing
+    is cast.
+    """
+
+    Linear = _CastingLinear
+    RMSNorm = nn.RMSNorm
+    Embedding = nn.Embedding
 
 
 class Attention(Protocol):

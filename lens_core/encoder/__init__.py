@@ -1,6 +1,6 @@
 """Token ids to text features."""
 
-from .features import encode_prompt, no_features
-from .gpt_oss import GptOssEncoder
+from .features import PrefixCache, encode_prompts, no_features
+from .gpt_oss import GptOssEncoder, GptOssLayer
 
-__all__ = ["GptOssEncoder", "encode_prompt", "no_features"]
+__all__ = ["GptOssEncoder", "GptOssLayer", "PrefixCache", "encode_prompts", "no_features"]

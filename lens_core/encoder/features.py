@@ -1,26 +1,90 @@
-"""A prompt's text features: encode the chat text, keep what follows the constant prefix."""
+"""Prompts' text features: packed, after a prefix whose keys and values are computed once."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from .. import kernels
+from ..config import CAPTURED_LAYERS
+from .attention import AttentionPlan
 from .gpt_oss import GptOssEncoder, OnLayer
+from .packing import pack
 
 
-def encode_prompt(
+class Layers(Protocol):
+    """Where the layers are: hands them out in order on a device, from wherever they lie."""
+
+    def on(self, device: torch.device) -> Sequence[nn.Module]: ...
+
+
+class PrefixCache:
+    """Keys and values of the last prefix, [layers, 2, P, kv heads, D]: 4.8 MB in bf16 at full size.
+
+    Belongs to one set of weights. Another prefix (another date), dtype or backend replaces it: they
+    round differently.
+    """
+
+    def __init__(self) -> None:
+        self._name: tuple | None = None
+        self._values: Tensor | None = None
+
+    def get(self, name: tuple, device: torch.device) -> Tensor | None:
+        """What was put under this name, on ``device``, or None."""
+        if self._values is None or self._name != name:
+            return None
+        self._values = self._values.to(device)
+        return self._values
+
+    def put(self, name: tuple, values: Tensor) -> None:
+        """Keep ``values``; what was there goes."""
+        self._name, self._values = name, values
+
+    def evict(self) -> None:
+        """Leave the GPU."""
+        if self._values is not None:
+            self._values = self._values.cpu()
+
+
+def encode_prompts(
     encoder: GptOssEncoder,
-    ids: Sequence[int],
-    prefix_length: int,
+    prefix: Sequence[int],
+    tails: Sequence[Sequence[int]],
     device: torch.device | str,
     dtype: torch.dtype,
+    *,
+    cache: PrefixCache | None = None,
+    layers: Layers | None = None,
+    captured: Sequence[int] = CAPTURED_LAYERS,
     on_layer: OnLayer | None = None,
-) -> Tensor:
-    """Features [1, S, L, H] of one prompt's chat text: its own tokens and the suffix's."""
-    features = encoder(torch.tensor([ids], device=device), dtype, on_layer=on_layer)
-    return features[:, prefix_length:]
+) -> list[Tensor]:
+    """Features [1, S, L, H] of each prompt: of its own tokens and the template's end, in ``tails``.
+
+    ``prefix`` are the ids that every prompt's chat text begins with; ``layers`` says where the encoder's
+    layers are if not in it.
+    """
+    device = torch.device(device)
+    bank = encoder.layers[0].mlp.experts.bank()
+    chosen = kernels.choose(device, dtype, bank)
+    name = (tuple(prefix), dtype, chosen.name, tuple(captured))
+    past = None if cache is None else cache.get(name, device)
+    packing = pack(prefix, tails, cold=past is None and len(prefix) > 0)
+    plan = AttentionPlan(encoder.config, packing, device, dtype)
+    features, keys = encoder(
+        packing,
+        plan,
+        past,
+        chosen,
+        layers=None if layers is None else layers.on(device),
+        captured=captured,
+        on_layer=on_layer,
+    )
+    if cache is not None and past is None:
+        cache.put(name, torch.stack(keys))
+    return [part.unsqueeze(0) for part in packing.unpack(features)]
 
 
 def no_features(encoder: GptOssEncoder, captured: int, dtype: torch.dtype) -> Tensor:

@@ -2,39 +2,52 @@
 
 Parameter names are the Hugging Face checkpoint's without ``model.``. Nothing after the last
 captured layer runs, so neither the final norm nor the language-model head is built.
+
+The residual stream is fp32 whatever the layers compute in: it is small, and 48 roundings to bf16 would
+cost the features more than all layers together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..config import CAPTURED_LAYERS, EncoderConfig
-from ..ops import Operations
-from .attention import SinkAttention, yarn_table
+from ..kernels import Kernels
+from ..ops import CastingOperations, Operations
+from .attention import AttentionPlan, SinkAttention
 from .moe import MixtureOfExperts
+from .packing import Packing
 
 OnLayer = Callable[[int, int], None]
 
 
 class GptOssLayer(nn.Module):
-    """Norm, attention, norm, experts, each around a residual."""
+    """Norm, attention, norm, experts, each around a residual. All layers have the same structure; which
+    ones slide is the caller's to say, so a layer's tensors can be put into any other's place."""
 
-    def __init__(self, config: EncoderConfig, layer: int, operations: Operations, **place: Any) -> None:
+    def __init__(self, config: EncoderConfig, operations: Operations, **place: Any) -> None:
         super().__init__()
         hidden, eps = config.hidden_size, config.rms_norm_eps
         self.input_layernorm = operations.RMSNorm(hidden, eps=eps, **place)
-        self.self_attn = SinkAttention(config, layer, operations, **place)
+        self.self_attn = SinkAttention(config, operations, **place)
         self.post_attention_layernorm = operations.RMSNorm(hidden, eps=eps, **place)
         self.mlp = MixtureOfExperts(config, operations, **place)
 
-    def forward(self, x: Tensor, rotary: Tensor) -> Tensor:
-        """x [B, S, H] -> [B, S, H]."""
-        x = x + self.self_attn(self.input_layernorm(x), rotary)
-        return x + self.mlp(self.post_attention_layernorm(x))
+    def forward(
+        self, x: Tensor, plan: AttentionPlan, past: Tensor | None, sliding: bool, kernels: Kernels
+    ) -> tuple[Tensor, Tensor]:
+        """Residual stream x fp32 [T, H] -> the same after this layer, and the prefix's keys and values."""
+        norm = self.input_layernorm
+        _, y = kernels.add_norm(x, None, norm.weight, norm.eps, plan.dtype)
+        update, past = self.self_attn(y, plan, past, sliding)
+        norm = self.post_attention_layernorm
+        x, y = kernels.add_norm(x, update.unsqueeze(1), norm.weight, norm.eps, plan.dtype)
+        x, _ = kernels.add_norm(x, self.mlp(y, kernels), None, norm.eps, plan.dtype)
+        return x, past
 
 
 class GptOssEncoder(nn.Module):
@@ -43,37 +56,46 @@ class GptOssEncoder(nn.Module):
     def __init__(
         self,
         config: EncoderConfig,
-        operations: Operations = nn,
+        operations: Operations = CastingOperations,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.operations = config, operations
         place: dict[str, Any] = {"dtype": dtype, "device": device}
         self.embed_tokens = operations.Embedding(config.vocab_size, config.hidden_size, **place)
         self.layers = nn.ModuleList(
-            GptOssLayer(config, layer, operations, **place) for layer in range(config.num_hidden_layers)
+            GptOssLayer(config, operations, **place) for _ in range(config.num_hidden_layers)
         )
 
     def forward(
         self,
-        ids: Tensor,
-        dtype: torch.dtype,
+        packing: Packing,
+        plan: AttentionPlan,
+        past: Sequence[Tensor] | None,
+        kernels: Kernels,
+        layers: Iterable[nn.Module] | None = None,
         captured: Sequence[int] = CAPTURED_LAYERS,
         on_layer: OnLayer | None = None,
-    ) -> Tensor:
-        """Token ids [B, S] of equal length, unpadded -> features [B, S, L, H] in ``dtype``.
+    ) -> tuple[Tensor, list[Tensor]]:
+        """A packed batch -> features [T, L, H] in the plan's dtype, and each layer's prefix keys and values.
 
-        ``on_layer(done, total)`` is called after each layer; it may raise to cancel.
+        ``layers`` stand in for this module's own (the same tensors elsewhere). Rows of the embedding are
+        looked up where it lies. ``on_layer(done, total)`` is called after each layer; it may raise to
+        cancel.
         """
-        x = self.embed_tokens(ids).to(dtype)
-        rotary = yarn_table(self.config, ids.shape[1], x.device)
+        rows = self.embed_tokens(packing.ids.to(self.embed_tokens.weight.device))
+        x = rows.to(plan.device, torch.float32)
         last = max(captured)
-        features = []
-        for index, layer in enumerate(self.layers[: last + 1]):
-            x = layer(x, rotary)
+        features, prefix = [], []
+        for index, layer in enumerate(self.layers if layers is None else layers):
+            before = None if past is None else past[index]
+            x, keys = layer(x, plan, before, self.config.is_sliding(index), kernels)
+            prefix.append(keys)
             if index in captured:
-                features.append(x)
+                features.append(x.to(plan.dtype))
             if on_layer is not None:
                 on_layer(index + 1, last + 1)
-        return torch.stack(features, dim=2)
+            if index == last:
+                break
+        return torch.stack(features, dim=1), prefix

@@ -1,7 +1,7 @@
-"""Router and experts of one GPT-OSS layer, over the checkpoint's packed MXFP4 bytes.
+"""Router and experts of one GPT-OSS layer.
 
-The bytes stay packed in ordinary uint8 buffers, so the module moves, counts and frees like any
-other; this plain-torch path unpacks one expert at a time, only those that some token chose.
+The experts' bytes stay packed, in ordinary uint8 buffers: the module moves, counts and frees like any
+other. ``DenseExperts`` is the same dequantised once, for GPUs with room for 38 GB.
 """
 
 from __future__ import annotations
@@ -9,25 +9,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import EncoderConfig
+from ..kernels import Bank, DenseMatrices, Kernels, PackedMatrices
+from ..kernels.eager import dense
 from ..ops import Operations
-from ..quant.mxfp4 import BLOCK, dequantize
-
-
-def clamped_swiglu(gate_up: Tensor, alpha: float, limit: float) -> Tensor:
-    """[..., 2 I] with gate and up interleaved -> [..., I].
-
-    gate * sigmoid(alpha * gate) * (up + 1), gate clamped from above, up from both sides.
-    """
-    gate, up = gate_up[..., 0::2].clamp(max=limit), gate_up[..., 1::2].clamp(-limit, limit)
-    return gate * torch.sigmoid(alpha * gate) * (up + 1)
+from ..quant import FORMATS
 
 
 class PackedExperts(nn.Module):
-    """The expert bank: gate_up [E, 2 I, H] and down [E, H, I] in MXFP4, biases in full."""
+    """The bank: gate_up [E, 2 I, H] and down [E, H, I] in 4 bits, biases in full."""
 
     def __init__(
         self,
@@ -37,53 +29,46 @@ class PackedExperts(nn.Module):
     ) -> None:
         super().__init__()
         self.alpha, self.limit = config.swiglu_alpha, config.swiglu_limit
-        self.num_experts = config.num_local_experts
-        experts, hidden, inner = (
-            config.num_local_experts,
-            config.hidden_size,
-            config.intermediate_size,
-        )
-        for name, rows, columns in (
-            ("gate_up_proj", 2 * inner, hidden),
-            ("down_proj", hidden, inner),
-        ):
-            groups = columns // BLOCK
-            blocks = torch.empty(experts, rows, groups, 16, dtype=torch.uint8, device=device)
-            scales = torch.empty(experts, rows, groups, dtype=torch.uint8, device=device)
+        self.format = FORMATS[config.expert_format]
+        experts, hidden, inner = config.num_local_experts, config.hidden_size, config.intermediate_size
+        for name, rows, columns in (("gate_up_proj", 2 * inner, hidden), ("down_proj", hidden, inner)):
+            blocks = torch.empty(experts, rows, columns // 32, 16, dtype=torch.uint8, device=device)
+            scales = torch.empty(experts, rows, columns // self.format.group, dtype=torch.uint8, device=device)
             self.register_buffer(f"{name}_blocks", blocks)
             self.register_buffer(f"{name}_scales", scales)
+            if self.format.has_scale:
+                self.register_buffer(f"{name}_scale", torch.empty(experts, device=device))
             bias = nn.Parameter(torch.empty(experts, rows, dtype=dtype, device=device))
             self.register_parameter(f"{name}_bias", bias)
 
-    def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-        """x [T, H], chosen experts [T, K], their weights [T, K] -> weighted sum [T, H].
+    def bank(self) -> Bank:
+        """The tensors as the kernels take them."""
+        return Bank(self._matrices("gate_up_proj"), self._matrices("down_proj"), self.alpha, self.limit)
 
-        Each (token, slot) pair is written once and the slots are summed in order, so the result
-        does not depend on the order in which experts run.
-        """
-        slots = chosen.shape[1]
-        order = chosen.flatten().argsort(stable=True)
-        counts = torch.bincount(chosen.flatten(), minlength=self.num_experts)
-        out = x.new_empty(chosen.numel(), x.shape[1])
-        start = 0
-        for expert, count in enumerate(counts.tolist()):
-            if count:
-                pairs = order[start : start + count]
-                start += count
-                out[pairs] = self._expert(x[pairs // slots], expert)
-        return (out.unflatten(0, (-1, slots)) * weights.unsqueeze(-1)).sum(1)
+    def dense(self, dtype: torch.dtype) -> DenseExperts:
+        """The same bank dequantised, on this one's device."""
+        return DenseExperts(self.bank(), dtype)
 
-    def _expert(self, x: Tensor, expert: int) -> Tensor:
-        gate_up = F.linear(x, *self._unpack("gate_up_proj", expert, x))
-        hidden = clamped_swiglu(gate_up, self.alpha, self.limit)
-        return F.linear(hidden, *self._unpack("down_proj", expert, x))
+    def _matrices(self, name: str) -> PackedMatrices:
+        scale = getattr(self, f"{name}_scale", None)
+        blocks, scales, bias = (getattr(self, f"{name}_{part}") for part in ("blocks", "scales", "bias"))
+        return PackedMatrices(blocks, scales, scale, bias, self.format)
 
-    def _unpack(self, name: str, expert: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Weight and bias of one expert, on ``like``'s device: offloaded bytes travel packed."""
-        blocks, scales, bias = (
-            getattr(self, f"{name}_{part}")[expert].to(like.device) for part in ("blocks", "scales", "bias")
-        )
-        return dequantize(blocks, scales, like.dtype), bias.to(like.dtype)
+
+class DenseExperts(nn.Module):
+    """A bank dequantised once: four times the bytes, for any GPU's own matrix product."""
+
+    def __init__(self, bank: Bank, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.alpha, self.limit = bank.alpha, bank.limit
+        for name, matrices in (("gate_up_proj", bank.gate_up), ("down_proj", bank.down)):
+            self.register_buffer(name, dense(matrices, dtype))
+            self.register_buffer(f"{name}_bias", matrices.bias.to(dtype))
+
+    def bank(self) -> Bank:
+        """The tensors as the kernels take them."""
+        gate_up = DenseMatrices(self.gate_up_proj, self.gate_up_proj_bias)
+        return Bank(gate_up, DenseMatrices(self.down_proj, self.down_proj_bias), self.alpha, self.limit)
 
 
 class MixtureOfExperts(nn.Module):
@@ -93,11 +78,9 @@ class MixtureOfExperts(nn.Module):
         super().__init__()
         self.top_k = config.num_experts_per_tok
         self.router = operations.Linear(config.hidden_size, config.num_local_experts, **place)
-        self.experts = PackedExperts(config, **place)
+        self.experts: PackedExperts | DenseExperts = PackedExperts(config, **place)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, S, H] -> [B, S, H]."""
-        tokens = x.flatten(0, 1)
-        logits, chosen = self.router(tokens).topk(self.top_k, dim=-1)
-        weights = logits.softmax(-1)
-        return self.experts(tokens, chosen, weights).view_as(x)
+    def forward(self, x: Tensor, kernels: Kernels) -> Tensor:
+        """x [T, H] -> the chosen experts' weighted results fp32 [T, K, H], to be summed over K."""
+        chosen, routing = kernels.route(x, self.router.weight, self.router.bias, self.top_k)
+        return kernels.experts(x, chosen, routing, self.experts.bank())

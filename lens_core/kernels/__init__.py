@@ -1,0 +1,7 @@
+"""The encoder's fused operations: plain-PyTorch definitions, Triton where it can run, and the choice."""
+
+from . import eager
+from .bank import Bank, DenseMatrices, PackedMatrices
+from .registry import Kernels, choose
+
+__all__ = ["Bank", "DenseMatrices", "Kernels", "PackedMatrices", "choose", "eager"]

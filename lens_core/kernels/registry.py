@@ -1,0 +1,152 @@
+"""Which kernels run: declared limits decide, a self-test at first use confirms, and a refusal is said once.
+
+Nothing here is decided by catching an exception in the middle of a run: a backend that refuses says why
+before anything is computed, and the plain-PyTorch definition always remains.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from ..quant import FORMATS
+from . import eager
+from .bank import Bank, DenseMatrices, PackedMatrices
+
+log = logging.getLogger(__name__)
+
+# Scale bytes that the Triton kernels decode exactly: 2^(byte - 1) must be a finite bf16, and the smallest
+# product a normal one.
+TRITON_SCALE_BYTES = (2, 128)
+# bf16 keeps 8 bits, so two paths that round at the same places differ by about 2^-9 = 2e-3.
+_SELF_TEST_LIMIT = 1e-2
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """One backend's operations; signatures and meaning are those of ``kernels.eager``."""
+
+    name: str
+    add_norm: Callable[..., tuple[Tensor, Tensor | None]]
+    route: Callable[..., tuple[Tensor, Tensor]]
+    experts: Callable[[Tensor, Tensor, Tensor, Bank], Tensor]
+
+
+EAGER = Kernels("torch", eager.add_norm, eager.route, eager.experts)
+
+
+def choose(device: torch.device, dtype: torch.dtype, bank: Bank) -> Kernels:
+    """The fastest backend that can run ``bank`` on ``device`` in ``dtype``."""
+    if device.type != "cuda" and not _interpreted():
+        return EAGER
+    reason = why_not_triton(device, dtype, bank)
+    if reason is None:
+        return triton_kernels()
+    if isinstance(bank.gate_up, PackedMatrices):
+        _say_once(reason)
+    return EAGER
+
+
+def why_not_triton(device: torch.device, dtype: torch.dtype, bank: Bank) -> str | None:
+    """The first limit that is not met, in words; None where all are."""
+    gate_up, down = bank.gate_up, bank.down
+    if isinstance(gate_up, DenseMatrices) or isinstance(down, DenseMatrices):
+        return "the experts are not packed"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"the encoder computes in {str(dtype).removeprefix('torch.')}, and they take 16-bit floats"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (Linux: it comes with PyTorch; Windows: pip install triton-windows)"
+    experts, rows = down.bias.shape
+    if experts & (experts - 1):
+        return f"{experts} experts are not a power of two"
+    if rows % 32 or gate_up.bias.shape[1] % 64:
+        return f"sizes {rows} and {gate_up.bias.shape[1] // 2} are not multiples of 32"
+    if device.type == "cuda" and torch.version.hip is None:
+        capability = torch.cuda.get_device_capability(device)
+        if capability < (8, 0):
+            return f"this GPU has compute capability {capability[0]}.{capability[1]}, and they need 8.0"
+    return _self_test(str(device), dtype, gate_up.format.name, experts)
+
+
+@cache
+def triton_kernels() -> Kernels:
+    """The Triton backend; import only once its limits are met."""
+    from .triton import launch
+
+    return Kernels("triton", launch.add_norm, launch.route, launch.experts)
+
+
+@cache
+def _self_test(device: str, dtype: torch.dtype, format_name: str, experts: int) -> str | None:
+    """Run a small layer through both backends; None where they agree, else what happened."""
+    if _interpreted():
+        return None
+    try:
+        error = _difference(torch.device(device), dtype, format_name, experts)
+    except Exception as problem:  # noqa: BLE001  a missing C compiler, driver or header has many types
+        return f"the self-test failed ({type(problem).__name__}: {str(problem).strip()[:200]})"
+    if error < _SELF_TEST_LIMIT:
+        return None
+    return f"the self-test differs from PyTorch by {error:.1e}"
+
+
+def _difference(device: torch.device, dtype: torch.dtype, format_name: str, experts: int) -> float:
+    """Relative L2 between the backends on a random layer with 3 of 8 row blocks partly filled."""
+    generator = torch.Generator().manual_seed(0)
+    bank = random_bank(experts, 352, 320, format_name, generator, device)
+    x = torch.randn(100, 352, generator=generator).to(device, dtype)
+    weight = torch.randn(experts, 352, generator=generator).to(device, dtype)
+    bias = torch.randn(experts, generator=generator).to(device, dtype)
+    results = []
+    for kernels in (EAGER, triton_kernels()):
+        total, normed = kernels.add_norm(x.float(), x.unsqueeze(1), weight[0], 1e-5, dtype)
+        chosen, routing = kernels.route(normed, weight, bias, 4)
+        out = kernels.experts(normed, chosen, routing, bank)
+        results.append(kernels.add_norm(total, out, None, 1e-5, dtype)[0].double())
+    want, got = results
+    return ((got - want).norm() / want.norm()).nan_to_num(nan=float("inf")).item()
+
+
+def random_bank(
+    experts: int,
+    hidden: int,
+    inner: int,
+    format_name: str,
+    generator: torch.Generator,
+    device: torch.device | str,
+) -> Bank:
+    """A bank of random codes, in a trained one's range of scales (matrices of about 1 / sqrt(hidden))."""
+    form = FORMATS[format_name]
+    # e8m0 bytes around 2^-6; e4m3 bytes from 0.25 to 2 under a factor that brings them there.
+    low, high = (118, 122) if form.group == 32 else (0x28, 0x40)
+
+    def matrices(rows: int, columns: int) -> PackedMatrices:
+        def bytes_of(*shape: int, start: int = 0, stop: int = 256) -> Tensor:
+            return torch.randint(start, stop, shape, generator=generator, dtype=torch.uint8).to(device)
+
+        blocks = bytes_of(experts, rows, columns // 32, 16)
+        scales = bytes_of(experts, rows, columns // form.group, start=low, stop=high)
+        scale = None if form.group == 32 else torch.full((experts,), 2.0**-6 / 1.1, device=device)
+        bias = torch.randn(experts, rows, generator=generator).to(device, torch.bfloat16)
+        return PackedMatrices(blocks, scales, scale, bias, form)
+
+    return Bank(matrices(2 * inner, hidden), matrices(hidden, inner), 1.702, 7.0)
+
+
+def _interpreted() -> bool:
+    """Triton's interpreter runs the kernels on the CPU, for tests."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@cache
+def _say_once(reason: str) -> None:
+    log.warning(
+        "The encoder's experts run in plain PyTorch, several times slower than with Triton kernels: %s.", reason
+    )

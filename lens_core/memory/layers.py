@@ -1,0 +1,198 @@
+"""Layers that are larger together than the GPU has room for: some resident, the others streamed.
+
+The master copy of every layer stays in RAM, usually mapped from the file, and is never changed. So
+putting a layer on the GPU is a copy, taking it off is letting go, and nothing is ever copied back.
+
+A run takes layers in order. Those not resident pass through two buffers on the GPU: while one computes,
+the next is copied into the other, from page-locked memory where the system grants it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .flat import Layout, assign
+from .pinned import available_ram, pinned
+
+log = logging.getLogger(__name__)
+
+OnLayer = Callable[[int, int], None]
+# RAM that page-locked copies leave to everything else.
+_RAM_RESERVE = 4 << 30
+_BUFFERS = 2
+
+
+class LayerStore:
+    """Places ``masters`` on a GPU, all or in part.
+
+    ``skeleton`` makes an empty layer (on the meta device) that any master's tensors fit into.
+    ``convert`` turns a resident layer into another form (dequantised); its bytes per layer are then
+    ``converted_size``, and nothing can be streamed.
+    """
+
+    def __init__(
+        self,
+        masters: Sequence[nn.Module],
+        skeleton: Callable[[], nn.Module],
+        convert: Callable[[nn.Module], nn.Module] | None = None,
+        converted_size: int | None = None,
+    ) -> None:
+        self.masters, self.skeleton, self.convert = masters, skeleton, convert
+        self.layouts = [Layout.of(master) for master in masters]
+        self.sizes = [converted_size or layout.size for layout in self.layouts]
+        self.device: torch.device | None = None
+        self._resident: dict[int, nn.Module] = {}
+        self._locked: dict[int, Tensor] = {}
+
+    @property
+    def total(self) -> int:
+        """Bytes of all layers on the GPU."""
+        return sum(self.sizes)
+
+    @property
+    def loaded(self) -> int:
+        """Bytes on the GPU between runs."""
+        return sum(self.sizes[index] for index in self._resident)
+
+    @property
+    def buffers(self) -> int:
+        """Bytes that a run takes beside the resident layers."""
+        streamed = [layout.size for i, layout in enumerate(self.layouts) if i not in self._resident]
+        return min(_BUFFERS, len(streamed)) * max(streamed, default=0)
+
+    def load(self, device: torch.device, budget: float, on_layer: OnLayer | None = None) -> int:
+        """Make layers resident, first ones first, until ``budget`` bytes are used; returns bytes added.
+
+        If not all fit, the streamed ones' buffers come out of the budget too. ``on_layer(done, total)``
+        may raise to cancel: what is there by then stays.
+        """
+        if device != self.device:
+            self.unload()
+            self.device = device
+        before = self.loaded
+        wanted = self._fitting(budget)
+        for index in wanted:
+            if index not in self._resident:
+                self._resident[index] = self._placed(index, device)
+                self._locked.pop(index, None)
+            if on_layer is not None:
+                on_layer(index + 1, len(wanted))
+        return self.loaded - before
+
+    def unload(self, enough: float = float("inf")) -> int:
+        """Let layers go, last ones first, until ``enough`` bytes are free; returns bytes freed."""
+        freed = 0
+        for index in sorted(self._resident, reverse=True):
+            if freed >= enough:
+                break
+            del self._resident[index]
+            freed += self.sizes[index]
+        return freed
+
+    def on(self, device: torch.device) -> Iterator[nn.Module]:
+        """The layers in order, ready to run on ``device``: each valid until the next is asked for."""
+        if device.type != "cuda":
+            return iter(self.masters)
+        if device != self.device:
+            self.unload()
+            self.device = device
+        return self._run(device)
+
+    def _fitting(self, budget: float) -> range:
+        if self.total <= budget:
+            return range(len(self.masters))
+        budget -= _BUFFERS * max(layout.size for layout in self.layouts)
+        count = 0
+        while count < len(self.sizes) and sum(self.sizes[: count + 1]) <= budget:
+            count += 1
+        return range(count)
+
+    def _placed(self, index: int, device: torch.device) -> nn.Module:
+        layout = self.layouts[index]
+        flat = torch.empty(layout.size, dtype=torch.uint8, device=device)
+        self._copy(index, flat)
+        layer = assign(self.skeleton(), layout.views(flat))
+        return layer if self.convert is None else self.convert(layer)
+
+    def _copy(self, index: int, flat: Tensor) -> None:
+        """A master's bytes to ``flat`` on the GPU: one copy if page-locked, else tensor by tensor."""
+        locked = self._locked.get(index)
+        if locked is not None:
+            flat[: len(locked)].copy_(locked, non_blocking=True)
+            return
+        source = self.masters[index].state_dict()
+        for name, view in self.layouts[index].views(flat).items():
+            view.copy_(source[name])
+
+    def _lock(self, indices: Sequence[int]) -> None:
+        """Page-lock copies of the streamed layers, as many as RAM allows; said once."""
+        for index in indices:
+            size = self.layouts[index].size
+            if index in self._locked:
+                continue
+            flat = pinned(size) if available_ram() > size + _RAM_RESERVE else None
+            if flat is None:
+                done = len(self._locked)
+                log.info("Streaming %d of %d layers from ordinary memory: RAM is short.", len(indices) - done, len(indices))
+                return
+            source = self.masters[index].state_dict()
+            for name, view in self.layouts[index].views(flat).items():
+                view.copy_(source[name])
+            self._locked[index] = flat
+
+    def _run(self, device: torch.device) -> Iterator[nn.Module]:
+        streamed = [index for index in range(len(self.masters)) if index not in self._resident]
+        if streamed and self.convert is not None:
+            raise RuntimeError("dequantised layers cannot be streamed")
+        self._lock(streamed)
+        stream = _Stream(self, streamed, device)
+        try:
+            for index in range(len(self.masters)):
+                yield self._resident[index] if index in self._resident else stream.take(index)
+        finally:
+            stream.close()
+
+
+class _Stream:
+    """One run's buffers: ``take`` waits for a layer's copy and, once the layer before has been issued,
+    starts the copy after it."""
+
+    def __init__(self, store: LayerStore, order: Sequence[int], device: torch.device) -> None:
+        self.store, self.order, self.device = store, order, device
+        self.next = 0
+        self.copied: dict[int, torch.cuda.Event] = {}
+        if not order:
+            return
+        size = max(store.layouts[index].size for index in order)
+        self.side = torch.cuda.Stream(device)
+        self.flats = [torch.empty(size, dtype=torch.uint8, device=device) for _ in order[:_BUFFERS]]
+        self.shell = store.skeleton()
+        for _ in order[:_BUFFERS]:
+            self._prefetch()
+
+    def take(self, index: int) -> nn.Module:
+        """The layer, once its bytes are there."""
+        position = self.order.index(index)
+        # Everything issued so far used the buffer that the layer after next will be copied into.
+        while position > 0 and self.next < min(position + _BUFFERS, len(self.order)):
+            self._prefetch()
+        torch.cuda.current_stream(self.device).wait_event(self.copied.pop(position))
+        flat = self.flats[position % _BUFFERS]
+        return assign(self.shell, self.store.layouts[index].views(flat))
+
+    def _prefetch(self) -> None:
+        position = self.next
+        self.next += 1
+        self.side.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.side):
+            self.store._copy(self.order[position], self.flats[position % _BUFFERS])
+            self.copied[position] = self.side.record_event()
+
+    def close(self) -> None:
+        """Wait for copies under way: their buffers are about to go."""
+        if self.order:
+            self.side.synchronize()
