@@ -1,4 +1,4 @@
-"""Router and experts of one GPT-OSS layer, over the checkpoint's packed MXFP4 bytes.
+"""Router and experts of one GPT-OSS layer, over packed 4-bit bytes.
 
 The bytes stay packed in ordinary uint8 buffers, so the module moves, counts and frees like any
 other; this plain-torch path unpacks one expert at a time, only those that some token chose.
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..config import EncoderConfig
 from ..ops import Operations
-from ..quant.mxfp4 import BLOCK, dequantize
+from ..quant import FORMATS
 
 
 def clamped_swiglu(gate_up: Tensor, alpha: float, limit: float) -> Tensor:
@@ -27,7 +27,11 @@ def clamped_swiglu(gate_up: Tensor, alpha: float, limit: float) -> Tensor:
 
 
 class PackedExperts(nn.Module):
-    """The expert bank: gate_up [E, 2 I, H] and down [E, H, I] in MXFP4, biases in full."""
+    """The expert banks, gate_up [E, 2 I, H] and down [E, H, I], packed; their biases in full.
+
+    Buffers of a bank of E experts, N rows and K columns: ``_blocks`` u8 [E, N, K/32, 16] (low nibble
+    first, in either format), ``_scales`` u8 [E, N, K/group], and for NVFP4 ``_scale`` fp32 [E].
+    """
 
     def __init__(
         self,
@@ -38,6 +42,7 @@ class PackedExperts(nn.Module):
         super().__init__()
         self.alpha, self.limit = config.swiglu_alpha, config.swiglu_limit
         self.num_experts = config.num_local_experts
+        self.format = FORMATS[config.expert_format]
         experts, hidden, inner = (
             config.num_local_experts,
             config.hidden_size,
@@ -47,11 +52,14 @@ class PackedExperts(nn.Module):
             ("gate_up_proj", 2 * inner, hidden),
             ("down_proj", hidden, inner),
         ):
-            groups = columns // BLOCK
-            blocks = torch.empty(experts, rows, groups, 16, dtype=torch.uint8, device=device)
+            blocks = torch.empty(experts, rows, columns // 32, 16, dtype=torch.uint8, device=device)
+            groups = columns // self.format.group
             scales = torch.empty(experts, rows, groups, dtype=torch.uint8, device=device)
             self.register_buffer(f"{name}_blocks", blocks)
             self.register_buffer(f"{name}_scales", scales)
+            if self.format.has_scale:
+                scale = torch.empty(experts, dtype=torch.float32, device=device)
+                self.register_buffer(f"{name}_scale", scale)
             bias = nn.Parameter(torch.empty(experts, rows, dtype=dtype, device=device))
             self.register_parameter(f"{name}_bias", bias)
 
@@ -80,10 +88,12 @@ class PackedExperts(nn.Module):
 
     def _unpack(self, name: str, expert: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """Weight and bias of one expert, on ``like``'s device: offloaded bytes travel packed."""
-        blocks, scales, bias = (
-            getattr(self, f"{name}_{part}")[expert].to(like.device) for part in ("blocks", "scales", "bias")
+        parts = ("blocks", "scales", "bias", *(("scale",) if self.format.has_scale else ()))
+        blocks, scales, bias, *scale = (
+            getattr(self, f"{name}_{part}")[expert].to(like.device) for part in parts
         )
-        return dequantize(blocks, scales, like.dtype), bias.to(like.dtype)
+        weight = self.format.dequantize(blocks, scales, scale[0] if scale else None, like.dtype)
+        return weight, bias.to(like.dtype)
 
 
 class MixtureOfExperts(nn.Module):
