@@ -64,6 +64,8 @@ class EncoderConfig:
     rope_original_length: int = 4096
     swiglu_alpha: float = 1.702
     swiglu_limit: float = 7.0
+    # How the expert banks are packed: a key of quant.FORMATS.
+    expert_format: str = "mxfp4"
 
     def is_sliding(self, layer: int) -> bool:
         """Even layers see the last ``sliding_window`` positions, odd ones the whole prompt."""

@@ -9,41 +9,76 @@ bf16, so this conversion loses nothing.
 from __future__ import annotations
 
 from functools import cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 BLOCK = 32
-_MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+# Halfway between neighbours; a value exactly there becomes the smaller one.
+_BOUNDARIES = tuple((low + high) / 2 for low, high in pairwise(MAGNITUDES))
+# Keeps a block's scale byte at 5 or more, far from where scales and their inverses leave fp32.
+_SMALLEST = 2.0**-120
 
 
 @cache
-def _byte_table(dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[256, 2]: the two values of every byte, low nibble first."""
-    values = torch.tensor([*_MAGNITUDES, *(-m for m in _MAGNITUDES)], dtype=dtype, device=device)
-    byte = torch.arange(256, device=device)
-    return torch.stack([values[byte & 15], values[byte >> 4]], dim=-1)
+def _pair_table(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """int64 [65536, 1 or 2]: the four values of every two bytes, as their bits, lowest nibble first."""
+    values = torch.tensor([*MAGNITUDES, *(-m for m in MAGNITUDES)], dtype=dtype, device=device)
+    pair = torch.arange(65536, device=device)
+    codes = torch.stack([(pair >> shift) & 15 for shift in (0, 4, 8, 12)], dim=-1)
+    return values[codes].view(torch.int64)
+
+
+def unpack(blocks: Tensor, dtype: torch.dtype) -> Tensor:
+    """blocks u8 [..., G, 16] -> unscaled values [..., G, 32] in ``dtype`` (2 or 4 bytes wide).
+
+    Two bytes at a time: one look-up writes four values, which is what bounds this on any device.
+    """
+    flat = blocks.flatten()
+    if flat.storage_offset() % 2:  # a tensor that starts at an odd byte of a mapped file
+        flat = flat.clone()
+    pairs = flat.view(torch.uint16).int()
+    values = _pair_table(dtype, blocks.device).index_select(0, pairs)
+    return values.view(dtype).view(*blocks.shape[:-1], 2 * blocks.shape[-1])
+
+
+def pack(codes: Tensor) -> Tensor:
+    """Codes 0..15 u8 [..., K] -> bytes u8 [..., K/2], the first of two in the low nibble."""
+    return codes[..., 0::2] | (codes[..., 1::2] << 4)
+
+
+def nearest_codes(ratio: Tensor, signs: Tensor) -> Tensor:
+    """Codes u8 of the values nearest to ``ratio`` (not negative, saturating at 6).
+
+    ``signs`` is any fp32 tensor of the same shape with the signs, of zeros too.
+    """
+    codes = (signs.view(torch.int32) >> 31).to(torch.uint8).bitwise_and_(8)
+    for boundary in _BOUNDARIES:
+        codes += (ratio > boundary).view(torch.uint8)
+    return codes
 
 
 def dequantize(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """blocks u8 [..., G, 16] and scales u8 [..., G] -> values [..., 32 G] in ``dtype``."""
-    table = _byte_table(dtype, blocks.device)
-    values = table.index_select(0, blocks.flatten().int()).view(*blocks.shape[:-1], BLOCK)
     scale = torch.exp2(scales.float() - 127).to(dtype)
-    return values.mul_(scale.unsqueeze(-1)).flatten(-2)
+    return unpack(blocks, dtype).mul_(scale.unsqueeze(-1)).flatten(-2)
 
 
-def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
+def quantize(weight: Tensor, device: torch.device | str | None = None) -> tuple[Tensor, Tensor]:
     """Nearest MXFP4 of weight [..., K], K a multiple of 32 -> blocks u8 [..., K/32, 16], scales u8.
 
     The shared exponent is floor(log2(largest)) - 2, so the largest value lands in [4, 8) and what
-    exceeds 6 saturates (the rule of the OCP specification).
+    exceeds 6 saturates (the rule of the OCP specification). What came out of ``dequantize`` is
+    representable and comes back exactly, though perhaps as other bytes: a block whose largest code
+    was below 4 gets a smaller scale. Runs on ``device`` (None: where the weight is) and returns
+    there; takes 14 bytes a value of scratch, so give it one expert at a time.
     """
-    groups = weight.float().unflatten(-1, (-1, BLOCK))
-    largest = groups.abs().amax(-1, keepdim=True).clamp_min(2.0**-120)
-    exponent = largest.log2().floor() - 2
-    magnitudes = torch.tensor(_MAGNITUDES, device=weight.device)
-    distance = (groups.abs() / torch.exp2(exponent)).unsqueeze(-1) - magnitudes
-    code = distance.abs().argmin(-1) + 8 * (groups < 0)
-    blocks = (code[..., 0::2] | (code[..., 1::2] << 4)).to(torch.uint8)
-    return blocks, (exponent.squeeze(-1) + 127).to(torch.uint8)
+    groups = weight.to(device).float().unflatten(-1, (-1, BLOCK))
+    ratio = groups.abs()
+    largest = ratio.amax(-1, keepdim=True).clamp_min_(_SMALLEST)
+    # The exponent is read off the bits: log2 rounds up just below a power of two.
+    scale = (largest.view(torch.int32) >> 23) - 2
+    ratio.mul_(((254 - scale) << 23).view(torch.float32))
+    return pack(nearest_codes(ratio, groups)), scale.squeeze(-1).to(torch.uint8)
