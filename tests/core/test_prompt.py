@@ -162,7 +162,7 @@ def test_an_extended_prompt_is_whole_and_without_warning(
         ("a" + " red" * 385, LONG_WORD + " fox"),
         ("a" + " red" * 384, "\n" + LONG_WORD.strip()),
         ("a" + " red" * 384, "\u3000" + LONG_WORD.strip()),
-        ("a" + " red" * 380 + ".", "\n\n \n" + LONG_WORD.strip()),
+        ("a" + " red" * 384 + ".", "\n\n" + LONG_WORD.strip()),
         ("a" + " red" * 391, " 35mm"),
         ("a" + " red" * 380, " " + "🏠" * 20),
         ("", " \n" * 9000 + "a red fox"),
@@ -273,6 +273,16 @@ def test_where_the_kept_text_takes_more_tokens_it_is_cut_again():
     assert tokens.dropped == prompt[len(first) - 1 :]
     assert tokens.prompt_length == 393
     assert tokens.ids[97:-22] == tuple(tokenizer.encode(first[:-1]))
+
+
+def test_a_cut_character_never_becomes_the_replacement_character():
+    # U+FFFD has as many tokens here as the part of the emoji that fits, so it would fit in its place.
+    tokenizer = subset_with("ï¿", ("ï", "¿"))
+    assert tokenizer.count("\ufffd") == 2
+    assert tokenizer.count("🏠🏠") == 6
+    tokens = tokenizer("a" + "🏠" * 200)
+    assert tokens.dropped == "🏠" * 70
+    assert (tokens.prompt_length, tokens.cut) == (391, 210)
 
 
 def test_half_a_character_becomes_the_replacement_character(tokenizer: PromptTokenizer):
