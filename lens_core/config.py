@@ -13,6 +13,8 @@ from dataclasses import dataclass
 PIXELS_PER_TOKEN = 16
 # Residual streams after these GPT-OSS layers (0-based) are the text features.
 CAPTURED_LAYERS = (5, 11, 17, 23)
+# The day in the chat template around a prompt: the one that ComfyUI's own encoder uses.
+TEMPLATE_DATE = "2026-05-23"
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,15 @@ three parts in a row: only the prompt needs tokenising again. Never take a token
 chat template: copies in circulation differ in a blank line and in the closing token.
 
 The reference puts today's date into the system message, so its features change every day; the date
-is pinned here, to the day that ComfyUI's own encoder uses.
+is pinned instead, to the day that ComfyUI's own encoder uses.
 """
 
 from __future__ import annotations
 
-TEMPLATE_DATE = "2026-05-23"
+import datetime
+
+from ..config import TEMPLATE_DATE
+from ..errors import SettingError
 
 SYSTEM = (
     "You are ChatGPT, a large language model trained by OpenAI.\n"
@@ -24,10 +27,32 @@ INSTRUCTIONS = (
     "quantity, text, spatial relationships of the objects and background."
 )
 THOUGHT = "Need to generate one image according to the description."
+# How many <|message|> tokens the prefix has; the prompt begins right after the last of them.
+PREFIX_MESSAGES = 3
+
+
+def today() -> str:
+    """The local date as YYYY-MM-DD: what the reference writes into the system message."""
+    return datetime.date.today().isoformat()
+
+
+def check_date(date: str) -> None:
+    """Raises SettingError unless ``date`` is a day of the calendar written YYYY-MM-DD."""
+    try:
+        # fromisoformat reads other spellings too (20260523), but the template has only this one.
+        written = datetime.date.fromisoformat(date).isoformat()
+    except ValueError:
+        written = None
+    if written != date:
+        raise SettingError(
+            f"The template's date must be a day written YYYY-MM-DD, got {date!r}. "
+            f"The pinned one is {TEMPLATE_DATE}."
+        )
 
 
 def prefix_text(date: str = TEMPLATE_DATE) -> str:
     """Everything before the prompt; its features are cropped away (97 tokens in GPT-OSS)."""
+    check_date(date)
     return (
         f"<|start|>system<|message|>{SYSTEM.format(date=date)}<|end|>"
         f"<|start|>developer<|message|># Instructions\n\n{INSTRUCTIONS}\n\n<|end|>"

@@ -3,36 +3,50 @@
 Control tokens typed by a user (``<|end|>``) are encoded as ordinary text: the reference parses
 them, which lets a prompt break out of the template. A prompt is cut at 393 tokens so that the
 suffix, the only tokens that see the whole prompt, stays within the trained 512; the reference cuts
-the suffix instead.
+the suffix instead. The cut falls between words, and the ids are always those of the kept text: the
+first ids of the whole prompt may be another spelling of it.
 """
 
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from tokenizers import Tokenizer
 
-from ..errors import CheckpointError
-from .template import prefix_text, suffix_text
+from ..config import TEMPLATE_DATE
+from ..errors import CheckpointError, SettingError
+from .template import PREFIX_MESSAGES, prefix_text, suffix_text
 
 log = logging.getLogger(__name__)
 
 MAX_TOKENS = 512
+# A cut looks for the end of a word among this many tokens; text without spaces is cut where it is full.
+CUT_WINDOW = 64
 _NEEDED = ("<|start|>", "<|message|>", "<|end|>", "<|channel|>")
+_CONTROL = re.compile(r"(<\|\w+\|>)")
 
 
 @dataclass(frozen=True)
 class PromptTokens:
-    """Token ids of template and prompt, and how many of them come before the prompt."""
+    """Token ids of template and prompt, and what of the prompt is in them.
+
+    The prompt's own ids are ``ids[prefix_length : prefix_length + prompt_length]``. Of a prompt that
+    did not fit, ``cut`` tokens, the text ``dropped``, are not in there.
+    """
 
     ids: tuple[int, ...]
     prefix_length: int
+    prompt_length: int
+    cut: int = 0
+    dropped: str = ""
 
 
 class PromptTokenizer:
-    """Wraps a ``tokenizers.Tokenizer``; the template's ids are computed once."""
+    """Wraps a ``tokenizers.Tokenizer``; the template's ids are computed once per date."""
 
     def __init__(self, tokenizer: Tokenizer, source: str = "tokenizer") -> None:
         lacking = [token for token in _NEEDED if tokenizer.token_to_id(token) is None]
@@ -41,8 +55,11 @@ class PromptTokenizer:
                 f"{source} has no token {', '.join(lacking)}: expected GPT-OSS's tokenizer "
                 "(o200k_harmony). Use the tokenizer.json that comes with gpt-oss-20b or with Lens."
             )
+        # Once and for all, so that no thread ever finds it off while it encodes a prompt.
+        tokenizer.encode_special_tokens = True
         self.tokenizer = tokenizer
-        self.prefix = self._template(prefix_text())
+        self._prefixes = lru_cache(maxsize=8)(lambda date: self._template(prefix_text(date)))
+        self.prefix = self.prefix_ids()
         self.suffix = self._template(suffix_text())
 
     @classmethod
@@ -59,30 +76,101 @@ class PromptTokenizer:
     @property
     def max_prompt_tokens(self) -> int:
         """Prompt tokens that fit beside the template: 393 with GPT-OSS's tokenizer."""
-        return MAX_TOKENS - len(self.prefix) - len(self.suffix)
+        return self._room(self.prefix)
 
-    def __call__(self, prompt: str) -> PromptTokens:
-        """Ids of template and prompt; a longer prompt is cut, with one warning that has the count."""
-        ids = self.encode(prompt)
-        if len(ids) > self.max_prompt_tokens:
-            log.warning(
-                "The prompt has %d tokens; the last %d do not fit and are ignored (at most %d).",
-                len(ids),
-                len(ids) - self.max_prompt_tokens,
-                self.max_prompt_tokens,
+    def __call__(self, prompt: str, *, extended: bool = False, date: str = TEMPLATE_DATE) -> PromptTokens:
+        """Ids of template and prompt, which are always those of the kept text, tokenised alone.
+
+        A prompt above ``max_prompt_tokens`` is cut between words with one warning, unless
+        ``extended`` lets it through. ``date`` (YYYY-MM-DD) goes into the system message; a malformed
+        one raises SettingError.
+        """
+        prefix = self.prefix_ids(date)
+        prompt = _valid(prompt)
+        kept, ids = prompt, self.encode(prompt)
+        total, room = len(ids), self._room(prefix)
+        # Once in practice; again only where the kept text alone takes more tokens than within the whole.
+        while len(ids) > room and not extended:
+            kept = self._start(kept, ids, room)
+            ids = self.encode(kept)
+        dropped = prompt[len(kept) :]
+        if dropped:
+            _warn_of_cut(total, room, total - len(ids), dropped)
+        return PromptTokens(
+            (*prefix, *ids, *self.suffix), len(prefix), len(ids), max(total - len(ids), 0), dropped
+        )
+
+    def prefix_ids(self, date: str = TEMPLATE_DATE) -> tuple[int, ...]:
+        """Ids of everything before the prompt with ``date`` in it; SettingError if that is no date."""
+        return self._prefixes(date)
+
+    def split(self, ids: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The constant prefix and the rest (prompt and suffix) of a whole chat's ids.
+
+        The prefix ends with its third ``<|message|>``. No prompt can move that: it comes later, and
+        control tokens in it are plain text. Raises SettingError where there is no third one.
+        """
+        message = self.tokenizer.token_to_id("<|message|>")
+        found = [index for index, token in enumerate(ids) if token == message]
+        if len(found) < PREFIX_MESSAGES:
+            raise SettingError(
+                f"These {len(ids)} tokens are no Lens chat: expected {PREFIX_MESSAGES} <|message|> tokens "
+                f"(id {message}) before the prompt, found {len(found)}. Tokenise the prompt with this "
+                "text encoder's own tokenizer."
             )
-            ids = ids[: self.max_prompt_tokens]
-        return PromptTokens((*self.prefix, *ids, *self.suffix), len(self.prefix))
+        end = found[PREFIX_MESSAGES - 1] + 1
+        return tuple(ids[:end]), tuple(ids[end:])
+
+    def count(self, prompt: str) -> int:
+        """Tokens of the whole prompt, the part that would be cut included."""
+        return len(self.encode(prompt))
 
     def encode(self, prompt: str) -> list[int]:
         """Ids of the prompt alone; control tokens in it are plain text."""
-        self.tokenizer.encode_special_tokens = True
-        return self.tokenizer.encode(prompt, add_special_tokens=False).ids
+        return self.tokenizer.encode(_valid(prompt), add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of token ids."""
         return self.tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
+    def _room(self, prefix: Sequence[int]) -> int:
+        return max(MAX_TOKENS - len(prefix) - len(self.suffix), 0)
+
+    def _start(self, prompt: str, ids: list[int], room: int) -> str:
+        """The start of ``prompt`` that at most ``room`` of its ids spell: up to the last end of a word
+        among the last CUT_WINDOW of them, or else up to the last whole character."""
+        full = ""
+        for length in range(room, 0, -1):
+            text = self.decode(ids[:length])
+            if not prompt.startswith(text) or len(text) == len(prompt):
+                continue  # ends inside a character, which decodes to U+FFFD (perhaps the prompt's own)
+            if text[-1].isspace() or prompt[len(text)].isspace():
+                return text.rstrip()  # no prompt that a person writes ends in a blank token
+            full = full or text
+            if room - length >= CUT_WINDOW:
+                break
+        return full
+
     def _template(self, text: str) -> tuple[int, ...]:
-        self.tokenizer.encode_special_tokens = False
-        return tuple(self.tokenizer.encode(text, add_special_tokens=False).ids)
+        ids: list[int] = []
+        for part in _CONTROL.split(text):
+            control = self.tokenizer.token_to_id(part) if part.startswith("<|") else None
+            ids += self.encode(part) if control is None else [control]
+        return tuple(ids)
+
+
+def _valid(text: str) -> str:
+    """``text`` with U+FFFD for halves of characters (lone surrogates), which have no UTF-8: a text box
+    that counts in UTF-16 can leave such a half where it cuts an emoji."""
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
+def _warn_of_cut(total: int, room: int, cut: int, dropped: str) -> None:
+    words = " ".join(dropped.split()[:8])[:80]
+    log.warning(
+        'The prompt has %d tokens and at most %d fit: the last %d are left out, beginning with "%s".',
+        total,
+        room,
+        cut,
+        words,
+    )
