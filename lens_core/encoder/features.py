@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import torch
@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from .. import kernels
 from ..config import CAPTURED_LAYERS
-from .attention import AttentionPlan
+from ..kernels import AttentionPlan
+from .attention import yarn_table
 from .gpt_oss import GptOssEncoder, OnLayer
 from .packing import pack
 
@@ -18,7 +19,7 @@ from .packing import pack
 class Layers(Protocol):
     """Where the layers are: hands them out in order on a device, from wherever they lie."""
 
-    def on(self, device: torch.device) -> Sequence[nn.Module]: ...
+    def on(self, device: torch.device) -> Iterable[nn.Module]: ...
 
 
 class PrefixCache:
@@ -67,12 +68,13 @@ def encode_prompts(
     layers are if not in it.
     """
     device = torch.device(device)
-    bank = encoder.layers[0].mlp.experts.bank()
-    chosen = kernels.choose(device, dtype, bank)
+    chosen = kernels.choose(device, dtype, encoder.experts[0].bank(), encoder.largest_scale())
     name = (tuple(prefix), dtype, chosen.name, tuple(captured))
     past = None if cache is None else cache.get(name, device)
     packing = pack(prefix, tails, cold=past is None and len(prefix) > 0)
-    plan = AttentionPlan(encoder.config, packing, device, dtype)
+    rotary = yarn_table(encoder.config, packing.positions.to(device))
+    window = encoder.config.sliding_window
+    plan = AttentionPlan(packing.blocks, packing.positions, rotary, len(prefix), window, dtype)
     features, keys = encoder(
         packing,
         plan,

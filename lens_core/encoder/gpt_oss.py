@@ -10,16 +10,16 @@ cost the features more than all layers together.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..config import CAPTURED_LAYERS, EncoderConfig
-from ..kernels import Kernels
+from ..kernels import AttentionPlan, Kernels
 from ..ops import CastingOperations, Operations
-from .attention import AttentionPlan, SinkAttention
-from .moe import MixtureOfExperts
+from .attention import SinkAttention
+from .moe import DenseExperts, MixtureOfExperts, PackedExperts
 from .packing import Packing
 
 OnLayer = Callable[[int, int], None]
@@ -43,7 +43,7 @@ class GptOssLayer(nn.Module):
         """Residual stream x fp32 [T, H] -> the same after this layer, and the prefix's keys and values."""
         norm = self.input_layernorm
         _, y = kernels.add_norm(x, None, norm.weight, norm.eps, plan.dtype)
-        update, past = self.self_attn(y, plan, past, sliding)
+        update, past = self.self_attn(y, plan, past, sliding, kernels)
         norm = self.post_attention_layernorm
         x, y = kernels.add_norm(x, update.unsqueeze(1), norm.weight, norm.eps, plan.dtype)
         x, _ = kernels.add_norm(x, self.mlp(y, kernels), None, norm.eps, plan.dtype)
@@ -67,6 +67,19 @@ class GptOssEncoder(nn.Module):
         self.layers = nn.ModuleList(
             GptOssLayer(config, operations, **place) for _ in range(config.num_hidden_layers)
         )
+
+        self._largest_scale: int | None = None
+
+    @property
+    def experts(self) -> list[PackedExperts | DenseExperts]:
+        """Every layer's experts."""
+        return [cast(GptOssLayer, layer).mlp.experts for layer in self.layers]
+
+    def largest_scale(self) -> int:
+        """The largest e8m0 scale byte of all layers (0: the format has others); looked for once."""
+        if self._largest_scale is None:
+            self._largest_scale = max(experts.largest_scale() for experts in self.experts)
+        return self._largest_scale
 
     def forward(
         self,

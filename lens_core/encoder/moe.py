@@ -33,7 +33,9 @@ class PackedExperts(nn.Module):
         experts, hidden, inner = config.num_local_experts, config.hidden_size, config.intermediate_size
         for name, rows, columns in (("gate_up_proj", 2 * inner, hidden), ("down_proj", hidden, inner)):
             blocks = torch.empty(experts, rows, columns // 32, 16, dtype=torch.uint8, device=device)
-            scales = torch.empty(experts, rows, columns // self.format.group, dtype=torch.uint8, device=device)
+            scales = torch.empty(
+                experts, rows, columns // self.format.group, dtype=torch.uint8, device=device
+            )
             self.register_buffer(f"{name}_blocks", blocks)
             self.register_buffer(f"{name}_scales", scales)
             if self.format.has_scale:
@@ -44,6 +46,13 @@ class PackedExperts(nn.Module):
     def bank(self) -> Bank:
         """The tensors as the kernels take them."""
         return Bank(self._matrices("gate_up_proj"), self._matrices("down_proj"), self.alpha, self.limit)
+
+    def largest_scale(self) -> int:
+        """The largest e8m0 scale byte; 0 where the scales are in another format."""
+        if self.format.has_scale:
+            return 0
+        scales = (getattr(self, f"{name}_proj_scales") for name in ("gate_up", "down"))
+        return max(int(tensor.max()) for tensor in scales)
 
     def dense(self, dtype: torch.dtype) -> DenseExperts:
         """The same bank dequantised, on this one's device."""
@@ -58,6 +67,11 @@ class PackedExperts(nn.Module):
 class DenseExperts(nn.Module):
     """A bank dequantised once: four times the bytes, for any GPU's own matrix product."""
 
+    gate_up_proj: Tensor
+    gate_up_proj_bias: Tensor
+    down_proj: Tensor
+    down_proj_bias: Tensor
+
     def __init__(self, bank: Bank, dtype: torch.dtype) -> None:
         super().__init__()
         self.alpha, self.limit = bank.alpha, bank.limit
@@ -69,6 +83,10 @@ class DenseExperts(nn.Module):
         """The tensors as the kernels take them."""
         gate_up = DenseMatrices(self.gate_up_proj, self.gate_up_proj_bias)
         return Bank(gate_up, DenseMatrices(self.down_proj, self.down_proj_bias), self.alpha, self.limit)
+
+    def largest_scale(self) -> int:
+        """There are no scales."""
+        return 0
 
 
 class MixtureOfExperts(nn.Module):

@@ -14,19 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..kernels import Block
+
 # Queries of one attention call: a very long prompt's mask stays within some dozen MB.
 _QUERIES = 512
-
-
-@dataclass(frozen=True)
-class Block:
-    """Consecutive queries of one prompt: tokens [start, stop) look at [first, stop) and, if ``after``, at
-    the prefix before those."""
-
-    first: int
-    start: int
-    stop: int
-    after: bool
 
 
 @dataclass(frozen=True)

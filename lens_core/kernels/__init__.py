@@ -2,6 +2,7 @@
 
 from . import eager
 from .bank import Bank, DenseMatrices, PackedMatrices
+from .plan import AttentionPlan, Block
 from .registry import Kernels, choose
 
-__all__ = ["Bank", "DenseMatrices", "Kernels", "PackedMatrices", "choose", "eager"]
+__all__ = ["AttentionPlan", "Bank", "Block", "DenseMatrices", "Kernels", "PackedMatrices", "choose", "eager"]

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .bank import Bank, DenseMatrices, PackedMatrices
+from .plan import AttentionPlan
 
 
 def add_norm(
@@ -31,6 +32,47 @@ def route(x: Tensor, weight: Tensor, bias: Tensor, top_k: int) -> tuple[Tensor, 
     logits = F.linear(x.float(), weight.float(), bias.float())
     values, chosen = logits.topk(top_k, dim=-1)
     return chosen.int(), values.softmax(-1)
+
+
+def rotate_halves(x: Tensor, table: Tensor) -> Tensor:
+    """Rotate x [T, heads, D] in fp32; channel i pairs with channel i + D / 2 (not adjacent ones)."""
+    cos, sin = table.unsqueeze(2)
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, past: Tensor, sinks: Tensor, plan: AttentionPlan, sliding: bool
+) -> Tensor:
+    """q [T, heads, D], k and v [T, kv heads, D], not rotated -> [T, heads, D].
+
+    ``past`` [2, P, kv heads, D] are the prefix's keys, rotated, and values.
+    """
+    q, k = rotate_halves(q, plan.rotary), rotate_halves(k, plan.rotary)
+    parts = []
+    for block in plan.blocks:
+        keys, values = k[block.first : block.stop], v[block.first : block.stop]
+        if block.after:
+            keys, values = torch.cat([past[0], keys]), torch.cat([past[1], values])
+        mask = plan.mask(block, sinks, sliding)
+        parts.append(sink_attention(q[block.start : block.stop], keys, values, mask))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def sink_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """q [n, heads, D], k and v [m, kv heads, D], mask [heads, n, m + 1] (last: the sinks) -> like q.
+
+    A sink is one logit per head that joins the softmax's denominator and nothing else: exactly one more
+    key and value of zeros, whose score, the query's product with zero, is what the mask says. Heads that
+    share keys are laid along the queries, so nothing is repeated.
+    """
+    length, heads, dim = q.shape
+    shared = k.shape[1]
+    query = q.unflatten(1, (shared, -1)).permute(1, 2, 0, 3).reshape(1, shared, -1, dim)
+    key, value = (F.pad(x, (0, 0, 0, 0, 0, 1)).transpose(0, 1).unsqueeze(0) for x in (k, v))
+    scores = mask.unflatten(0, (shared, -1)).flatten(1, 2).unsqueeze(0)
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=scores)
+    return out.unflatten(2, (-1, length))[0].permute(2, 0, 1, 3).reshape(length, heads, dim)
 
 
 def clamped_swiglu(gate_up: Tensor, alpha: float, limit: float) -> Tensor:
@@ -89,9 +131,7 @@ def _grouped(x: Tensor, chosen: Tensor, routing: Tensor, bank: Bank) -> Tensor:
     return torch.empty_like(out).index_copy_(0, order, out).unflatten(0, (-1, slots))
 
 
-def _product(
-    x: Tensor, matrices: PackedMatrices | DenseMatrices, expert: Tensor, ends: Tensor
-) -> Tensor:
+def _product(x: Tensor, matrices: PackedMatrices | DenseMatrices, expert: Tensor, ends: Tensor) -> Tensor:
     """Rows of x in the order of their expert, times its matrix, plus its bias; fp32."""
     weight = dense(matrices, x.dtype)
     return F.grouped_mm(x, weight.transpose(1, 2), offs=ends).float() + matrices.bias[expert].float()

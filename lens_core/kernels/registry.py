@@ -18,13 +18,12 @@ from torch import Tensor
 
 from ..quant import FORMATS
 from . import eager
-from .bank import Bank, DenseMatrices, PackedMatrices
+from .bank import Bank, PackedMatrices
 
 log = logging.getLogger(__name__)
 
-# Scale bytes that the Triton kernels decode exactly: 2^(byte - 1) must be a finite bf16, and the smallest
-# product a normal one.
-TRITON_SCALE_BYTES = (2, 128)
+# The largest e8m0 byte that the Triton kernels decode exactly: they multiply by 2^(byte - 1) in bf16.
+LARGEST_SCALE = 128
 # bf16 keeps 8 bits, so two paths that round at the same places differ by about 2^-9 = 2e-3.
 _SELF_TEST_LIMIT = 1e-2
 
@@ -35,44 +34,47 @@ class Kernels:
 
     name: str
     add_norm: Callable[..., tuple[Tensor, Tensor | None]]
+    attention: Callable[..., Tensor]
     route: Callable[..., tuple[Tensor, Tensor]]
     experts: Callable[[Tensor, Tensor, Tensor, Bank], Tensor]
 
 
-EAGER = Kernels("torch", eager.add_norm, eager.route, eager.experts)
+EAGER = Kernels("torch", eager.add_norm, eager.attention, eager.route, eager.experts)
 
 
-def choose(device: torch.device, dtype: torch.dtype, bank: Bank) -> Kernels:
-    """The fastest backend that can run ``bank`` on ``device`` in ``dtype``."""
+def choose(device: torch.device, dtype: torch.dtype, bank: Bank, largest_scale: int = 0) -> Kernels:
+    """The fastest backend for ``bank`` on ``device`` in ``dtype``; ``largest_scale`` of all e8m0 bytes."""
     if device.type != "cuda" and not _interpreted():
         return EAGER
-    reason = why_not_triton(device, dtype, bank)
+    reason = why_not_triton(device, dtype, bank, largest_scale)
     if reason is None:
         return triton_kernels()
-    if isinstance(bank.gate_up, PackedMatrices):
-        _say_once(reason)
+    _say_once(reason)
     return EAGER
 
 
-def why_not_triton(device: torch.device, dtype: torch.dtype, bank: Bank) -> str | None:
+def why_not_triton(
+    device: torch.device, dtype: torch.dtype, bank: Bank, largest_scale: int = 0
+) -> str | None:
     """The first limit that is not met, in words; None where all are."""
-    gate_up, down = bank.gate_up, bank.down
-    if isinstance(gate_up, DenseMatrices) or isinstance(down, DenseMatrices):
-        return "the experts are not packed"
+    experts, hidden = bank.down.bias.shape
+    inner = bank.gate_up.bias.shape[1] // 2
     if dtype not in (torch.bfloat16, torch.float16):
         return f"the encoder computes in {str(dtype).removeprefix('torch.')}, and they take 16-bit floats"
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed (Linux: it comes with PyTorch; Windows: pip install triton-windows)"
-    experts, rows = down.bias.shape
     if experts & (experts - 1):
         return f"{experts} experts are not a power of two"
-    if rows % 32 or gate_up.bias.shape[1] % 64:
-        return f"sizes {rows} and {gate_up.bias.shape[1] // 2} are not multiples of 32"
+    if hidden % 32 or inner % 32:
+        return f"sizes {hidden} and {inner} are not multiples of 32"
+    if largest_scale > LARGEST_SCALE:
+        return f"a scale byte is {largest_scale}, and they take {LARGEST_SCALE} at most"
     if device.type == "cuda" and torch.version.hip is None:
         capability = torch.cuda.get_device_capability(device)
         if capability < (8, 0):
             return f"this GPU has compute capability {capability[0]}.{capability[1]}, and they need 8.0"
-    return _self_test(str(device), dtype, gate_up.format.name, experts)
+    form = bank.gate_up.format.name if isinstance(bank.gate_up, PackedMatrices) else "mxfp4"
+    return _self_test(str(device), dtype, form, experts)
 
 
 @cache
@@ -80,7 +82,7 @@ def triton_kernels() -> Kernels:
     """The Triton backend; import only once its limits are met."""
     from .triton import launch
 
-    return Kernels("triton", launch.add_norm, launch.route, launch.experts)
+    return Kernels("triton", launch.add_norm, launch.attention, launch.route, launch.experts)
 
 
 @cache
@@ -107,6 +109,7 @@ def _difference(device: torch.device, dtype: torch.dtype, format_name: str, expe
     results = []
     for kernels in (EAGER, triton_kernels()):
         total, normed = kernels.add_norm(x.float(), x.unsqueeze(1), weight[0], 1e-5, dtype)
+        assert normed is not None
         chosen, routing = kernels.route(normed, weight, bias, 4)
         out = kernels.experts(normed, chosen, routing, bank)
         results.append(kernels.add_norm(total, out, None, 1e-5, dtype)[0].double())
@@ -148,5 +151,6 @@ def _interpreted() -> bool:
 @cache
 def _say_once(reason: str) -> None:
     log.warning(
-        "The encoder's experts run in plain PyTorch, several times slower than with Triton kernels: %s.", reason
+        "The encoder's experts run in plain PyTorch, several times slower than with Triton kernels: %s.",
+        reason,
     )

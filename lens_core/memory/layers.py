@@ -137,7 +137,11 @@ class LayerStore:
             flat = pinned(size) if available_ram() > size + _RAM_RESERVE else None
             if flat is None:
                 done = len(self._locked)
-                log.info("Streaming %d of %d layers from ordinary memory: RAM is short.", len(indices) - done, len(indices))
+                log.info(
+                    "Streaming %d of %d layers from ordinary memory: RAM is short.",
+                    len(indices) - done,
+                    len(indices),
+                )
                 return
             source = self.masters[index].state_dict()
             for name, view in self.layouts[index].views(flat).items():

@@ -92,14 +92,17 @@ def _code(words, plane: tl.constexpr, factor, dtype: tl.constexpr):
 
 
 @triton.jit
-def _dot(weight, x, acc):
+def multiply(a, b, acc):
+    """acc + a @ b."""
     if INTERPRETED:
-        return tl.dot(weight.to(tl.float32), x.to(tl.float32), acc)
-    return tl.dot(weight, x, acc)
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
+    return tl.dot(a, b, acc)
 
 
 @triton.jit
-def _accumulate(acc, words, scales, x0, x1, x2, x3, group: tl.constexpr, ptx: tl.constexpr, nvfp4: tl.constexpr):
+def _accumulate(
+    acc, words, scales, x0, x1, x2, x3, group: tl.constexpr, ptx: tl.constexpr, nvfp4: tl.constexpr
+):
     """acc[BN, BM] += W[BN, 4 BB] @ x, W as words i16 [BN, BB] and scales u8 [BN, 4 BB / group]."""
     rows: tl.constexpr = words.shape[0]
     width: tl.constexpr = words.shape[1]
@@ -109,13 +112,18 @@ def _accumulate(acc, words, scales, x0, x1, x2, x3, group: tl.constexpr, ptx: tl
     factor = tl.reshape(tl.broadcast_to(factor, (rows, width // per, per)), (rows, width))
     if ptx:
         w0, w1, w2, w3 = tl.inline_asm_elementwise(
-            _DECODE, "=r,=r,=r,=r,r,r", [words, factor], (tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16), True, 2
+            _DECODE,
+            "=r,=r,=r,=r,r,r",
+            [words, factor],
+            (tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
+            True,
+            2,
         )
     else:
         n = words.to(tl.int32)
         w0, w1 = _code(n, 0, factor, dtype), _code(n, 1, factor, dtype)
         w2, w3 = _code(n, 2, factor, dtype), _code(n, 3, factor, dtype)
-    return _dot(w3, x3, _dot(w2, x2, _dot(w1, x1, _dot(w0, x0, acc))))
+    return multiply(w3, x3, multiply(w2, x2, multiply(w1, x1, multiply(w0, x0, acc))))
 
 
 @triton.jit

@@ -8,7 +8,10 @@ import torch
 import triton
 from torch import Tensor
 
-from ..bank import Bank, PackedMatrices
+from .. import eager
+from ..bank import Bank, DenseMatrices, PackedMatrices
+from ..plan import AttentionPlan
+from . import attention as attention_kernels
 from . import experts as expert_kernels
 from . import small
 
@@ -20,6 +23,8 @@ _TILES = {
     64: ((64, 32, 4), (128, 32, 8)),
 }
 _CHUNK = 1024
+# Queries of one attention program (times the heads that share keys), and keys at a time.
+_QUERIES, _KEYS = 16, 64
 
 
 def add_norm(
@@ -66,8 +71,40 @@ def route(x: Tensor, weight: Tensor, bias: Tensor, top_k: int) -> tuple[Tensor, 
     return chosen, routing
 
 
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, past: Tensor, sinks: Tensor, plan: AttentionPlan, sliding: bool
+) -> Tensor:
+    """See ``eager.attention``."""
+    (_, heads, dim), shared = q.shape, k.shape[1]
+    tiles = plan.tiles(_QUERIES)
+    out = torch.empty_like(q)
+    attention_kernels.attention[(len(tiles), shared)](
+        q,
+        k,
+        v,
+        past,
+        sinks,
+        plan.table(),
+        plan.positions,
+        tiles,
+        out,
+        dim**-0.5,
+        plan.window if sliding else 1 << 30,
+        HEADS=heads,
+        SHARED=shared,
+        HALF=dim // 2,
+        PREFIX=plan.prefix,
+        QUERIES=_QUERIES,
+        KEYS=_KEYS,
+        num_warps=4,
+    )
+    return out
+
+
 def experts(x: Tensor, chosen: Tensor, routing: Tensor, bank: Bank) -> Tensor:
-    """See ``eager.experts``."""
+    """See ``eager.experts``, which also serves a dense bank: PyTorch's own product is the fast one there."""
+    if isinstance(bank.gate_up, DenseMatrices) or isinstance(bank.down, DenseMatrices):
+        return eager.experts(x, chosen, routing, bank)
     pairs, slots = chosen.numel(), chosen.shape[1]
     count, hidden = bank.down.bias.shape
     inner = bank.gate_up.bias.shape[1] // 2

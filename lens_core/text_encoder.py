@@ -1,0 +1,126 @@
+"""A GPT-OSS file as text features: opened at once, read when first needed, placed, and remembered.
+
+Joins what the encoder's parts do not know of each other: the file, the layers' places, the prefix kept in
+memory and the features kept on disk. A prompt seen before costs neither reading nor a GPU.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from .config import CAPTURED_LAYERS
+from .encoder import GptOssEncoder, GptOssLayer, PackedExperts, PrefixCache, encode_prompts
+from .feature_cache import FeatureCache, feature_key
+from .loading import EncoderFile
+from .memory import LayerStore
+from .memory.flat import Layout, assign
+from .memory.layers import OnLayer
+from .ops import CastingOperations
+from .weights.loader import OnTensor
+
+log = logging.getLogger(__name__)
+
+
+class TextEncoder:
+    """Features of prompts' token ids, from ``file``.
+
+    ``dtype`` is what layers compute in; weights stay in bf16 and 4 bits. ``dense`` dequantises the
+    experts once on their way to the GPU: four times the memory. ``features`` keeps results on disk.
+    """
+
+    def __init__(
+        self,
+        file: EncoderFile,
+        dtype: torch.dtype,
+        *,
+        dense: bool = False,
+        features: FeatureCache | None = None,
+    ) -> None:
+        self.file, self.dtype, self.dense, self.cache = file, dtype, dense, features
+        self.model = GptOssEncoder(file.config, CastingOperations, torch.bfloat16, device="meta").eval()
+        self.prefix = PrefixCache()
+        layers = [cast(GptOssLayer, layer) for layer in self.model.layers]
+        self.layers = LayerStore(
+            layers, self._empty_layer, self._dequantised if dense else None, self._dense_size(layers[0])
+        )
+        self.is_read = False
+
+    @property
+    def total(self) -> int:
+        """Bytes on the GPU with every layer resident; the embedding is never there."""
+        return self.layers.total
+
+    def read(self, on_tensor: OnTensor | None = None) -> None:
+        """Read the file's tensors if that has not been done; most of them are only mapped."""
+        if not self.is_read:
+            self.file.load(self.model, torch.bfloat16, on_tensor)
+            self.is_read = True
+
+    def load(self, device: torch.device, budget: float, on_layer: OnLayer | None = None) -> int:
+        """Make as many layers resident on a GPU as ``budget`` bytes hold; returns bytes added."""
+        self.read()
+        return self.layers.load(device, budget, on_layer)
+
+    def unload(self, enough: float = float("inf")) -> int:
+        """Let layers go until ``enough`` bytes are free, all by default; returns bytes freed."""
+        freed = self.layers.unload(enough)
+        if not self.layers.loaded:
+            self.prefix.evict()
+        return freed
+
+    def known(self, ids: Sequence[int]) -> Tensor | None:
+        """Features [1, S, L, H] of a chat's ids if they are on disk."""
+        return None if self.cache is None else self.cache.get(self._key(ids))
+
+    @torch.inference_mode()
+    def encode(
+        self, prompts: Sequence[Sequence[int]], device: torch.device, on_layer: OnLayer | None = None
+    ) -> list[Tensor]:
+        """Features [1, S, L, H] of whole chats' ids, packed into one run; all begin with one prefix.
+
+        Runs where the layers lie: resident ones at once, the others streamed.
+        """
+        self.read()
+        parts = [self.file.tokenizer.split(ids) for ids in prompts]
+        results = encode_prompts(
+            self.model,
+            parts[0][0],
+            [tail for _, tail in parts],
+            device,
+            self.dtype,
+            cache=self.prefix,
+            layers=self.layers,
+            on_layer=on_layer,
+        )
+        if self.cache is not None:
+            for ids, features in zip(prompts, results, strict=True):
+                self.cache.put(self._key(ids), features)
+        return results
+
+    def _key(self, ids: Sequence[int]) -> str:
+        precision = f"{self.file.config.expert_format} {self.dtype} {'dense' if self.dense else 'packed'}"
+        return feature_key(self.file.identity, precision, ids, CAPTURED_LAYERS)
+
+    def _empty_layer(self) -> nn.Module:
+        return GptOssLayer(self.file.config, CastingOperations, dtype=torch.bfloat16, device="meta")
+
+    def _dense_size(self, layer: GptOssLayer) -> int | None:
+        """Bytes of a dequantised layer; None where they stay packed."""
+        if not self.dense:
+            return None
+        config = self.file.config
+        weights = 3 * config.num_local_experts * config.hidden_size * config.intermediate_size
+        packed = sum(buffer.nbytes for buffer in layer.mlp.experts.buffers())
+        return Layout.of(layer).size - packed + weights * self.dtype.itemsize
+
+    def _dequantised(self, layer: nn.Module) -> nn.Module:
+        """A resident layer with dense experts, none of its tensors in the packed layer's memory."""
+        layer = cast(GptOssLayer, layer)
+        others = {k: v.clone() for k, v in layer.state_dict().items() if ".experts." not in k}
+        layer.mlp.experts = cast(PackedExperts, layer.mlp.experts).dense(self.dtype)
+        return assign(layer, {**layer.state_dict(), **others})
