@@ -1,7 +1,7 @@
-"""``python -m lens_core generate``: pictures from a Lens folder, without ComfyUI.
+"""``python -m lens_core generate``: pictures from a Lens folder, without ComfyUI; ``cache``: kept features.
 
-Flags and their meanings are those of the published inference script; steps and cfg default to the
-checkpoint's published settings instead of Lens' for all.
+Flags and their meanings are those of the published inference script, and further ones for the text
+encoder; steps and cfg default to the checkpoint's published settings instead of Lens' for all.
 """
 
 from __future__ import annotations
@@ -9,29 +9,37 @@ from __future__ import annotations
 import argparse
 import logging
 import math
+import os
 import secrets
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
-from .config import Variant
+from .config import PLACEMENTS, TEMPLATE_DATE, EncoderOptions, Variant
 from .errors import LensError, SettingError
+from .feature_cache import FeatureCache
 from .images import save_png
 from .pipeline import LensPipeline
+from .prompt import check_date, today
 from .sampling import ASPECT_RATIOS, BASE_RESOLUTIONS, bucket, check_size
 from .sampling.loop import OnStep
 from .weights import variant_of
 
 log = logging.getLogger(__name__)
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+_OFF = "off"
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line; every flag says its default."""
-    parser = argparse.ArgumentParser(prog="python -m lens_core", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m lens_core", description="Microsoft's Lens without ComfyUI."
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     generate = commands.add_parser(
         "generate", help="make pictures", formatter_class=argparse.ArgumentDefaultsHelpFormatter
@@ -51,25 +59,52 @@ def build_parser() -> argparse.ArgumentParser:
     add("--dtype", default="bfloat16", help=f"one of {', '.join(_DTYPES)}")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
     add("--out", type=Path, default=Path("outputs"), help="folder for the pictures")
+    _add_encoder_flags(generate)
+    cache = commands.add_parser("cache", help="show or clear the text features kept on disk")
+    cache.add_argument("--folder", default=default_cache(), metavar="DIR", help="default: %(default)s")
+    cache.add_argument("--clear", action="store_true", help="delete them")
     return parser
+
+
+def _add_encoder_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("text encoder").add_argument
+    dense = "unpack the experts to bf16 once; needs about 45 GB for the encoder"
+    add("--disable_mxfp4", action="store_true", help=dense)
+    add("--encoder_placement", default="auto", help=f"where its layers lie, one of {', '.join(PLACEMENTS)}")
+    kept = f"keep text features here, so that a prompt is encoded once; {_OFF}: nowhere"
+    add("--feature_cache", default=default_cache(), metavar="DIR", help=kept)
+    add("--extended_prompt", action="store_true", help="do not cut prompts above 393 tokens (untrained)")
+    date = "date in the prompt's template: pinned, today (as the published script) or YYYY-MM-DD"
+    add("--template_date", default="pinned", help=date)
+
+
+def default_cache() -> str:
+    """Folder of kept text features below the user's cache folder; "off" for a user without a home."""
+    given = os.environ.get("XDG_CACHE_HOME", "")
+    # The XDG rule: a relative path there is ignored.
+    base = given if os.path.isabs(given) else os.path.expanduser("~/.cache")
+    return str(Path(base, "lens", "features")) if os.path.isabs(base) else _OFF
 
 
 def generate(args: argparse.Namespace) -> list[Path]:
     """Make and save the pictures; returns their paths. Raises LensError on bad settings."""
     dtype, variant, size = _check(args)
+    options = _encoder_options(args)
     steps = variant.steps if args.steps is None else args.steps
     cfg = variant.cfg if args.cfg is None else args.cfg
     seed = secrets.randbelow(2**32) if args.seed is None else args.seed
     prompts = [prompt.strip() for prompt in args.prompt.split("|")]
     device = torch.device(args.device)
     with tqdm(desc="Loading", unit="tensor", leave=False, disable=None) as bar:
-        pipeline = LensPipeline.from_folder(args.repo_id, device, dtype, _count(bar))
+        pipeline = LensPipeline.from_folder(args.repo_id, device, dtype, _count(bar), options)
     noise = pipeline.noise(seed, len(prompts) * args.n, size)
     paths = []
     for index, prompt in enumerate(prompts):
         if not prompt:
             log.warning("Prompt %d is empty: the picture will follow no description.", index + 1)
-        with tqdm(total=steps, desc=prompt[:40] or "(empty prompt)", unit="step") as bar:
+        desc = prompt[:40] or "(empty prompt)"
+        # A warning about the prompt gets a line of its own above the bar.
+        with logging_redirect_tqdm(), tqdm(total=steps, desc=desc, unit="step") as bar:
             images = pipeline(
                 prompt,
                 noise=noise[index * args.n : (index + 1) * args.n],
@@ -95,6 +130,7 @@ def generate(args: argparse.Namespace) -> list[Path]:
                 "device": device.type,
                 "checkpoint": Path(args.repo_id).resolve().name,
                 "variant": variant.name,
+                **_unusual(options),
             }
             paths.append(save_png(image, args.out, settings))
     return paths
@@ -132,6 +168,50 @@ def _check(args: argparse.Namespace) -> tuple[torch.dtype, Variant, tuple[int, i
     return _DTYPES[args.dtype], variant, _size(args)
 
 
+def _encoder_options(args: argparse.Namespace) -> EncoderOptions:
+    """What the text encoder's flags mean; raises before anything is loaded."""
+    if args.encoder_placement not in PLACEMENTS:
+        listed = ", ".join(PLACEMENTS)
+        raise SettingError(f"--encoder_placement must be one of {listed}, got {args.encoder_placement}.")
+    if args.encoder_placement in ("gpu", "stream") and torch.device(args.device).type == "cpu":
+        raise SettingError(
+            f"--encoder_placement {args.encoder_placement} needs a GPU, but --device is {args.device}. "
+            "Use auto or cpu, or another --device."
+        )
+    date = {"pinned": TEMPLATE_DATE, "today": today()}.get(args.template_date, args.template_date)
+    try:
+        check_date(date)
+    except SettingError as error:
+        raise SettingError(f"--template_date must be pinned, today or a date: {error}") from error
+    return EncoderOptions(
+        dense=args.disable_mxfp4,
+        placement=args.encoder_placement,
+        feature_cache=_cache_folder("--feature_cache", args.feature_cache),
+        extended=args.extended_prompt,
+        date=date,
+    )
+
+
+def _cache_folder(flag: str, value: str) -> Path | None:
+    if value == _OFF:
+        return None
+    if not value.strip() or (Path(value).exists() and not Path(value).is_dir()):
+        raise SettingError(f"{flag} must be a folder, got {value!r}, which is none. Give another.")
+    return Path(value)
+
+
+def _unusual(options: EncoderOptions) -> dict[str, Any]:
+    """The encoder's settings for the PNG, those that are not the default; the cache changes nothing."""
+    usual = EncoderOptions()
+    settings = {
+        "disable_mxfp4": (options.dense, usual.dense),
+        "encoder_placement": (options.placement, usual.placement),
+        "extended_prompt": (options.extended, usual.extended),
+        "template_date": (options.date, usual.date),
+    }
+    return {name: value for name, (value, default) in settings.items() if value != default}
+
+
 def _size(args: argparse.Namespace) -> tuple[int, int]:
     if (args.height is None) != (args.width is None):
         raise SettingError("--height and --width go together: give both or neither.")
@@ -149,11 +229,26 @@ def _check_device(name: str) -> None:
         raise SettingError(f"--device {name} cannot be used here ({reason}). Use --device cpu.") from error
 
 
+def show_cache(args: argparse.Namespace) -> str:
+    """A line about the kept text features, which are deleted if asked."""
+    folder = _cache_folder("--folder", args.folder)
+    if folder is None:
+        raise SettingError("No folder of text features is known here. Give it with --folder.")
+    cache = FeatureCache(folder)
+    if args.clear:
+        return f"{cache.clear() / 1e6:,.1f} MB freed in {folder}"
+    count = cache.count()
+    return f"{count} {'entry' if count == 1 else 'entries'}, {cache.size() / 1e6:,.1f} MB in {folder}"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; errors meant for the user are one line on stderr and exit code 2."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     args = build_parser().parse_args(argv)
     try:
+        if args.command == "cache":
+            print(show_cache(args))
+            return 0
         for path in generate(args):
             print(path)
     except LensError as error:

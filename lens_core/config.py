@@ -8,6 +8,7 @@ RoPE settings, captured layers) is a default here. Source: the published Lens re
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 # Pixels of one image token along one side: the VAE's 8 times the 2x2 packing.
 PIXELS_PER_TOKEN = 16
@@ -72,6 +73,25 @@ class EncoderConfig:
     def is_sliding(self, layer: int) -> bool:
         """Even layers see the last ``sliding_window`` positions, odd ones the whole prompt."""
         return layer % 2 == 0
+
+
+# Where the encoder's layers lie: "auto" by the free memory, "gpu" all of them on the GPU, "stream" each
+# one copied there as it runs, "cpu" computed there.
+PLACEMENTS = ("auto", "gpu", "stream", "cpu")
+
+
+@dataclass(frozen=True)
+class EncoderOptions:
+    """How prompts become features; the defaults are what everybody should use."""
+
+    dense: bool = False  # experts as bf16 instead of packed MXFP4: about 45 GB
+    placement: str = "auto"  # one of PLACEMENTS
+    feature_cache: Path | None = None  # folder of features already encoded; None: no such folder
+    extended: bool = False  # prompts above the trained 512 tokens are not cut
+    date: str = TEMPLATE_DATE  # YYYY-MM-DD in the chat template
+
+
+ENCODER_OPTIONS = EncoderOptions()
 
 
 @dataclass(frozen=True)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from .config import CAPTURED_LAYERS, ENCODER_OPTIONS, EncoderOptions
 from .denoiser import LensDenoiser
 from .encoder import GptOssEncoder, encode_prompt, no_features
+from .feature_cache import FeatureCache, feature_key
 from .loading import load_denoiser, load_encoder, load_vae
-from .prompt import PromptTokenizer
+from .prompt import PromptTokenizer, PromptTokens
 from .sampling import (
     euler,
     norm_rescaled_guidance,
@@ -36,6 +38,9 @@ class LensPipeline:
     vae: LensVAE
     device: torch.device
     dtype: torch.dtype
+    options: EncoderOptions = ENCODER_OPTIONS
+    # Stands for the encoder's weights in the feature cache's keys; "": its features are not kept.
+    encoder_identity: str = ""
 
     @classmethod
     def from_folder(
@@ -44,12 +49,14 @@ class LensPipeline:
         device: torch.device,
         dtype: torch.dtype,
         on_tensor: OnTensor | None = None,
+        options: EncoderOptions = ENCODER_OPTIONS,
     ) -> LensPipeline:
         """Load a folder in diffusers' layout; ``on_tensor(done, total)`` counts in each component."""
         encoder, tokenizer = load_encoder(folder, dtype, on_tensor=on_tensor)
         denoiser = load_denoiser(folder, dtype, on_tensor=on_tensor)
         vae = load_vae(folder, dtype, on_tensor)
-        return cls(tokenizer, encoder.to(device), denoiser.to(device), vae.to(device), device, dtype)
+        parts = (tokenizer, encoder.to(device), denoiser.to(device), vae.to(device))
+        return cls(*parts, device, dtype, options)
 
     @torch.inference_mode()
     def __call__(
@@ -73,8 +80,24 @@ class LensPipeline:
         return to_uint8(self.vae.decode(tokens_to_grid(latents, grid)))
 
     def features(self, prompt: str) -> Tensor:
-        """Text features [1, S, L, H]."""
-        tokens = self.tokenizer(prompt)
+        """Text features [1, S, L, H], out of the feature cache if it has them."""
+        tokens = self.tokenizer(prompt, extended=self.options.extended, date=self.options.date)
+        if self._cache is None or not self.encoder_identity:
+            return self._encode(tokens)
+        precision = f"{self.dtype}, {'dense' if self.options.dense else 'packed'} experts"
+        key = feature_key(self.encoder_identity, precision, tokens.ids, CAPTURED_LAYERS)
+        features = self._cache.get(key)
+        if features is None:
+            features = self._encode(tokens)
+            self._cache.put(key, features)
+        return features.to(self.device)
+
+    @cached_property
+    def _cache(self) -> FeatureCache | None:
+        folder = self.options.feature_cache
+        return None if folder is None else FeatureCache(folder)
+
+    def _encode(self, tokens: PromptTokens) -> Tensor:
         return encode_prompt(self.encoder, tokens.ids, tokens.prefix_length, self.device, self.dtype)
 
     def empty_features(self) -> Tensor:

@@ -10,10 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from lens_core import __version__, cli
+from lens_core.config import EncoderOptions
+from lens_core.errors import SettingError
+from lens_core.feature_cache import FeatureCache, feature_key
 from lens_core.images import read_settings
+from lens_core.pipeline import LensPipeline
 
 REPOSITORY = Path(__file__).parents[2]
 SMALL = ("--height", 64, "--width", 48, "--device", "cpu", "--dtype", "float32")
@@ -36,6 +41,28 @@ SETTINGS = {
 }
 
 Generate = Callable[..., list[Path]]
+
+
+@pytest.fixture(autouse=True)
+def cache_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The user's cache folder, so that no test writes into the real one."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def chosen(monkeypatch: pytest.MonkeyPatch) -> list[EncoderOptions]:
+    """The encoder's options of every pipeline that is loaded."""
+    seen: list[EncoderOptions] = []
+    real = LensPipeline.from_folder
+
+    def spy(*arguments: Any) -> LensPipeline:
+        pipeline = real(*arguments)
+        seen.append(pipeline.options)
+        return pipeline
+
+    monkeypatch.setattr(LensPipeline, "from_folder", spy)
+    return seen
 
 
 @pytest.fixture
@@ -204,6 +231,13 @@ def test_steps_and_cfg_follow_the_folders_name(
         (("--device", "gpu0"), ["--device", "gpu0"]),
         (("--device", "meta"), ["--device", "meta"]),
         (("--seed", 10**30), ["--seed", str(10**30)]),
+        (("--encoder_placement", "ram"), ["--encoder_placement", "auto, gpu, stream, cpu", "ram"]),
+        (("--encoder_placement", "gpu"), ["--encoder_placement gpu", "--device is cpu", "Use auto"]),
+        (("--encoder_placement", "stream"), ["--encoder_placement stream", "--device is cpu"]),
+        (("--template_date", "tomorrow"), ["--template_date", "pinned, today", "YYYY-MM-DD", "tomorrow"]),
+        (("--template_date", "2026-02-30"), ["--template_date", "2026-02-30", "2026-05-23"]),
+        (("--feature_cache", ""), ["--feature_cache", "folder"]),
+        (("--feature_cache", __file__), ["--feature_cache", "test_cli.py", "folder"]),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else "",
 )
@@ -265,9 +299,199 @@ def test_help_names_every_flag_in_a_process_of_its_own():
     assert done.returncode == 0, done.stderr
     for flag in (
         *("--repo_id", "--prompt", "--negative_prompt", "--base_resolution", "--aspect_ratio", "--height"),
-        *("--width", "--steps", "--cfg", "--n", "--seed", "--dtype", "--device", "--out"),
+        *("--width", "--steps", "--cfg", "--n", "--seed", "--dtype", "--device", "--out", "--disable_mxfp4"),
+        *("--encoder_placement", "--feature_cache", "--extended_prompt", "--template_date"),
     ):
         assert flag in done.stdout
+
+
+# The text encoder's flags
+
+ONE_STEP = (*SMALL, "--height", 32, "--width", 32, "--steps", 1, "--seed", 7)
+LONG_PROMPT = "a red circle" + " of the image" * 40
+
+
+def test_without_flags_the_encoder_has_its_defaults_and_a_cache_at_home(
+    generate: Generate, chosen: list[EncoderOptions], cache_home: Path
+):
+    (path,) = generate(*ONE_STEP, "--prompt", "a")
+    assert chosen == [EncoderOptions(feature_cache=cache_home / "lens" / "features")]
+    assert read_settings(path).keys() == SETTINGS
+
+
+@pytest.mark.parametrize(
+    ("flags", "options", "settings"),
+    [
+        (["--disable_mxfp4"], {"dense": True}, {"disable_mxfp4": True}),
+        (["--encoder_placement", "cpu"], {"placement": "cpu"}, {"encoder_placement": "cpu"}),
+        (["--extended_prompt"], {"extended": True}, {"extended_prompt": True}),
+        (["--template_date", "2024-02-29"], {"date": "2024-02-29"}, {"template_date": "2024-02-29"}),
+        (["--template_date", "today"], {"date": "2027-03-09"}, {"template_date": "2027-03-09"}),
+        (["--template_date", "2026-05-23"], {}, {}),
+        (["--feature_cache", "some where"], {"feature_cache": Path("some where")}, {}),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_flag_reaches_the_encoder_and_the_picture_unless_it_changes_nothing(
+    generate: Generate,
+    chosen: list[EncoderOptions],
+    monkeypatch: pytest.MonkeyPatch,
+    flags: list[str],
+    options: dict[str, Any],
+    settings: dict[str, Any],
+):
+    monkeypatch.setattr(cli, "today", lambda: "2027-03-09")
+    (path,) = generate(*ONE_STEP, "--prompt", "a", "--feature_cache", "off", *flags)
+    assert chosen == [EncoderOptions(**options)]
+    written = read_settings(path)
+    assert {name: written[name] for name in written.keys() - SETTINGS} == settings
+
+
+def test_the_date_changes_the_picture(generate: Generate):
+    flags = (*ONE_STEP, "--prompt", "a red circle")
+    (pinned,) = generate(*flags, out="pinned")
+    (other,) = generate(*flags, "--template_date", "2027-03-09", out="other")
+    assert pixels(pinned) != pixels(other)
+
+
+def test_a_long_prompt_is_cut_with_one_warning_unless_extended(
+    generate: Generate, caplog: pytest.LogCaptureFixture
+):
+    (cut,) = generate(*ONE_STEP, "--prompt", LONG_PROMPT, out="cut")
+    (warning,) = [record.getMessage() for record in caplog.records if "tokens" in record.getMessage()]
+    assert "at most 69 fit" in warning
+    caplog.clear()
+    (whole,) = generate(*ONE_STEP, "--prompt", LONG_PROMPT, "--extended_prompt", out="whole")
+    assert not caplog.records
+    assert pixels(cut) != pixels(whole)
+    assert read_settings(whole)["prompt"] == read_settings(cut)["prompt"] == LONG_PROMPT
+
+
+def test_the_warning_of_a_cut_is_a_line_of_its_own_on_the_terminal(tiny_folder: Path, tmp_path: Path):
+    flags = ["generate", "--repo_id", tiny_folder, "--out", tmp_path, "--prompt", LONG_PROMPT, *ONE_STEP]
+    command = [sys.executable, "-m", "lens_core", *map(str, flags)]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    lines = done.stderr.replace("\r", "\n").splitlines()
+    assert len([line for line in lines if line.startswith("The prompt has ")]) == 1
+    assert done.stdout.strip() == str(tmp_path / "lens_00001.png")
+
+
+@pytest.mark.parametrize(
+    ("given", "home", "folder"),
+    [
+        ("/caches", "/home/me", "/caches/lens/features"),
+        ("", "/home/me", "/home/me/.cache/lens/features"),
+        ("relative", "/home/me", "/home/me/.cache/lens/features"),
+        ("", "~", "off"),
+        ("/caches", "~", "/caches/lens/features"),
+    ],
+)
+def test_where_features_are_kept(monkeypatch: pytest.MonkeyPatch, given: str, home: str, folder: str):
+    # expanduser leaves "~" as it is for a user without a home, as in some containers.
+    monkeypatch.setattr("os.path.expanduser", lambda path: path.replace("~", home))
+    monkeypatch.setenv("XDG_CACHE_HOME", given)
+    assert cli.default_cache() == folder
+    assert cli.build_parser().parse_args(["cache"]).folder == folder
+
+
+def filled(folder: Path, entries: int) -> FeatureCache:
+    cache = FeatureCache(folder)
+    for number in range(entries):
+        cache.put(feature_key("tiny", "bf16", (number,), (5,)), torch.ones(1, 250, 1, 1000))
+    return cache
+
+
+def test_cache_shows_and_clears_what_is_kept(cache_home: Path, capsys: pytest.CaptureFixture):
+    folder = cache_home / "lens" / "features"
+    assert cli.main(["cache"]) == 0
+    assert capsys.readouterr().out == f"0 entries, 0.0 MB in {folder}\n"
+    cache = filled(folder, 3)
+    assert cli.main(["cache"]) == 0
+    assert capsys.readouterr().out == f"3 entries, 3.0 MB in {folder}\n"
+    assert cache.count() == 3
+    assert cli.main(["cache", "--clear"]) == 0
+    assert capsys.readouterr().out == f"3.0 MB freed in {folder}\n"
+    assert cache.count() == 0
+
+
+def test_cache_takes_another_folder(cache_home: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    at_home, other = filled(cache_home / "lens" / "features", 1), filled(tmp_path / "öther", 1)
+    assert cli.main(["cache", "--folder", str(tmp_path / "öther")]) == 0
+    assert capsys.readouterr().out == f"1 entry, 1.0 MB in {tmp_path / 'öther'}\n"
+    assert cli.main(["cache", "--clear", "--folder", str(tmp_path / "öther")]) == 0
+    assert (at_home.count(), other.count()) == (1, 0)
+
+
+@pytest.mark.parametrize("folder", [__file__, "", "off"])
+def test_cache_of_no_folder_is_one_line_and_exit_code_2(folder: str, capsys: pytest.CaptureFixture):
+    assert cli.main(["cache", "--folder", folder]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: ")
+    assert "--folder" in captured.err
+
+
+# Features kept by the pipeline
+
+
+def pipeline_with(tiny_folder: Path, identity: str, **options: Any) -> LensPipeline:
+    device = torch.device("cpu")
+    pipeline = LensPipeline.from_folder(tiny_folder, device, torch.float32, options=EncoderOptions(**options))
+    pipeline.encoder_identity = identity
+    return pipeline
+
+
+def forbid_the_encoder(monkeypatch: pytest.MonkeyPatch, pipeline: LensPipeline) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("the encoder ran")
+
+    monkeypatch.setattr(type(pipeline.encoder), "forward", refuse)
+
+
+def test_a_prompt_seen_before_needs_no_encoder(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    first = pipeline_with(tiny_folder, "tiny", feature_cache=tmp_path)
+    want = first.features("a red circle")
+    assert FeatureCache(tmp_path).count() == 1
+    second = pipeline_with(tiny_folder, "tiny", feature_cache=tmp_path)
+    forbid_the_encoder(monkeypatch, second)
+    assert torch.equal(second.features("a red circle"), want)
+    with pytest.raises(AssertionError, match="the encoder ran"):
+        second.features("a blue circle")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"identity": "another"},
+        {"identity": ""},
+        {"date": "2027-03-09"},
+        {"dense": True},
+        {"extended": True},
+        {"feature_cache": None},
+    ],
+    ids=str,
+)
+def test_another_encoder_date_or_extent_is_encoded_again(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]
+):
+    pipeline_with(tiny_folder, "tiny", feature_cache=tmp_path).features(LONG_PROMPT)
+    second = pipeline_with(tiny_folder, **{"identity": "tiny", "feature_cache": tmp_path, **change})
+    forbid_the_encoder(monkeypatch, second)
+    with pytest.raises(AssertionError, match="the encoder ran"):
+        second.features(LONG_PROMPT)
+
+
+def test_without_an_identity_nothing_is_kept(tiny_folder: Path, tmp_path: Path):
+    pipeline_with(tiny_folder, "", feature_cache=tmp_path).features("a")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_malformed_date_reaches_the_caller(tiny_folder: Path):
+    with pytest.raises(SettingError, match="YYYY-MM-DD"):
+        pipeline_with(tiny_folder, "", date="23 May").features("a")
 
 
 def pixels(path: Path) -> bytes:
