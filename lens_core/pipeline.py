@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from .config import CAPTURED_LAYERS, ENCODER_OPTIONS, EncoderOptions
+from .config import ENCODER_OPTIONS, EncoderOptions
 from .denoiser import LensDenoiser
-from .encoder import GptOssEncoder, encode_prompt, no_features
-from .feature_cache import FeatureCache, feature_key
-from .loading import load_denoiser, load_encoder, load_vae
-from .prompt import PromptTokenizer, PromptTokens
+from .encoder import no_features
+from .encoder_file import open_encoder
+from .errors import SettingError
+from .feature_cache import FeatureCache
+from .loading import component_path, load_denoiser, load_vae
 from .sampling import (
     euler,
     norm_rescaled_guidance,
@@ -24,23 +25,25 @@ from .sampling import (
     tokens_to_grid,
 )
 from .sampling.loop import OnStep
+from .text_encoder import TextEncoder
 from .vae import LensVAE, to_uint8
 from .weights.loader import OnTensor
 
 
+# GPU memory that the encoder's layers leave to sampling and decoding when placed by "auto".
+_WORKING_MEMORY = 6 << 30
+
+
 @dataclass
 class LensPipeline:
-    """The four components of a Lens folder on one device."""
+    """The components of a Lens folder on one device; the text encoder is read when a prompt needs it."""
 
-    tokenizer: PromptTokenizer
-    encoder: GptOssEncoder
+    text: TextEncoder
     denoiser: LensDenoiser
     vae: LensVAE
     device: torch.device
     dtype: torch.dtype
     options: EncoderOptions = ENCODER_OPTIONS
-    # Stands for the encoder's weights in the feature cache's keys; "": its features are not kept.
-    encoder_identity: str = ""
 
     @classmethod
     def from_folder(
@@ -52,11 +55,12 @@ class LensPipeline:
         options: EncoderOptions = ENCODER_OPTIONS,
     ) -> LensPipeline:
         """Load a folder in diffusers' layout; ``on_tensor(done, total)`` counts in each component."""
-        encoder, tokenizer = load_encoder(folder, dtype, on_tensor=on_tensor)
+        file = open_encoder(component_path(folder, "encoder"))
+        kept = None if options.feature_cache is None else FeatureCache(options.feature_cache)
+        text = TextEncoder(file, dtype, dense=options.dense, features=kept)
         denoiser = load_denoiser(folder, dtype, on_tensor=on_tensor)
         vae = load_vae(folder, dtype, on_tensor)
-        parts = (tokenizer, encoder.to(device), denoiser.to(device), vae.to(device))
-        return cls(*parts, device, dtype, options)
+        return cls(text, denoiser.to(device), vae.to(device), device, dtype, options)
 
     @torch.inference_mode()
     def __call__(
@@ -81,29 +85,35 @@ class LensPipeline:
 
     def features(self, prompt: str) -> Tensor:
         """Text features [1, S, L, H], out of the feature cache if it has them."""
-        tokens = self.tokenizer(prompt, extended=self.options.extended, date=self.options.date)
-        if self._cache is None or not self.encoder_identity:
-            return self._encode(tokens)
-        precision = f"{self.dtype}, {'dense' if self.options.dense else 'packed'} experts"
-        key = feature_key(self.encoder_identity, precision, tokens.ids, CAPTURED_LAYERS)
-        features = self._cache.get(key)
+        tokenizer = self.text.file.tokenizer
+        ids = tokenizer(prompt, extended=self.options.extended, date=self.options.date).ids
+        features = self.text.known(ids)
         if features is None:
-            features = self._encode(tokens)
-            self._cache.put(key, features)
+            device = torch.device("cpu") if self.options.placement == "cpu" else self.device
+            if device.type == "cuda":
+                self.text.load(device, self._budget(device))
+            (features,) = self.text.encode([ids], device)
         return features.to(self.device)
 
-    @cached_property
-    def _cache(self) -> FeatureCache | None:
-        folder = self.options.feature_cache
-        return None if folder is None else FeatureCache(folder)
-
-    def _encode(self, tokens: PromptTokens) -> Tensor:
-        return encode_prompt(self.encoder, tokens.ids, tokens.prefix_length, self.device, self.dtype)
+    def _budget(self, device: torch.device) -> float:
+        """Bytes that the encoder's layers may take on the GPU."""
+        free = torch.cuda.mem_get_info(device)[0] + self.text.layers.loaded
+        if self.options.placement == "stream":
+            return 0
+        if self.options.placement == "auto" and not self.options.dense:
+            return free - _WORKING_MEMORY
+        if self.text.total > free:
+            form = "dequantised experts" if self.options.dense else "all its layers on the GPU"
+            raise SettingError(
+                f"The text encoder with {form} takes {self.text.total / 1e9:.1f} GB and {free / 1e9:.1f} GB "
+                "are free. Use --encoder_placement auto without --disable_mxfp4."
+            )
+        return float("inf")
 
     def empty_features(self) -> Tensor:
         """Text features [1, 0, L, H] of no prompt at all."""
         layers = self.denoiser.config.num_text_layers
-        return no_features(self.encoder, layers, self.dtype).to(self.device)
+        return no_features(self.text.model, layers, self.dtype).to(self.device)
 
     def velocity(
         self,

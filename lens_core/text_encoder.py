@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .config import CAPTURED_LAYERS
 from .encoder import GptOssEncoder, GptOssLayer, PackedExperts, PrefixCache, encode_prompts
 from .feature_cache import FeatureCache, feature_key
-from .loading import EncoderFile
+from .encoder_file import EncoderFile
 from .memory import LayerStore
 from .memory.flat import Layout, assign
 from .memory.layers import OnLayer

@@ -3,7 +3,7 @@
 from comfy_api.latest import ComfyExtension, io
 
 from .decode import LensVAEDecode
-from .encode import LensTextEncode
+from .encode import LensClearFeatureCache, LensTextEncode
 from .host.paths import register_folders
 from .latent import LensEmptyLatent
 from .load import LensEncoderLoader, LensModelLoader, LensVAELoader
@@ -24,6 +24,7 @@ class LensExtension(ComfyExtension):
             LensEncoderLoader,
             LensVAELoader,
             LensTextEncode,
+            LensClearFeatureCache,
             LensEmptyLatent,
             LensSampler,
             LensScheduler,

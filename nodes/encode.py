@@ -2,7 +2,9 @@
 
 from comfy_api.latest import io
 
-from .host.conditioning import encode_pair
+from .host.conditioning import DATES, date_of, encode_pair
+from .host.feature_cache import clear_features
+from .host.progress import say
 
 
 class LensTextEncode(io.ComfyNode):
@@ -33,7 +35,29 @@ class LensTextEncode(io.ComfyNode):
                     optional=True,
                     tooltip="What to avoid. Blank is what Lens was published with; unused at cfg 1.",
                 ),
+                io.Boolean.Input(
+                    "extended",
+                    default=False,
+                    optional=True,
+                    advanced=True,
+                    tooltip=(
+                        "Let prompts above 393 tokens through instead of cutting them at a word. Lens was "
+                        "not trained with them."
+                    ),
+                ),
+                io.Combo.Input(
+                    "template_date",
+                    options=list(DATES),
+                    default="pinned",
+                    optional=True,
+                    advanced=True,
+                    tooltip=(
+                        "The date in the chat text around the prompt. pinned: always the same, so a prompt "
+                        "always means the same. today: as the published program, which changes daily."
+                    ),
+                ),
             ],
+            hidden=[io.Hidden.unique_id],
             outputs=[
                 io.Conditioning.Output(display_name="positive", tooltip="What to draw."),
                 io.Conditioning.Output(display_name="negative", tooltip="What to steer away from."),
@@ -41,5 +65,41 @@ class LensTextEncode(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, clip, prompt: str, negative: str = "") -> io.NodeOutput:
-        return io.NodeOutput(*encode_pair(clip, prompt, negative))
+    def fingerprint_inputs(cls, template_date="pinned", **_):
+        """With today's date the features change at midnight."""
+        return date_of(template_date)
+
+    @classmethod
+    def execute(
+        cls, clip, prompt: str, negative: str = "", extended: bool = False, template_date: str = "pinned"
+    ) -> io.NodeOutput:
+        date, node_id = date_of(template_date), cls.hidden.unique_id
+        pair = encode_pair(clip, prompt, negative, extended=extended, date=date, node_id=node_id)
+        return io.NodeOutput(*pair)
+
+
+class LensClearFeatureCache(io.ComfyNode):
+    """Deletes the text features kept on disk."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LensClearFeatureCache",
+            display_name="Lens Clear Feature Cache",
+            category="Lens/conditioning",
+            description=(
+                "Deletes the text features that LensTextEncode keeps on disk. They are never stale, so this "
+                "only frees their space (1 GB at most). Run it alone."
+            ),
+            search_aliases=["microsoft lens", "cache", "clear"],
+            inputs=[],
+            hidden=[io.Hidden.unique_id],
+            outputs=[],
+            is_output_node=True,
+            not_idempotent=True,
+        )
+
+    @classmethod
+    def execute(cls) -> io.NodeOutput:
+        say(clear_features(), cls.hidden.unique_id)
+        return io.NodeOutput()

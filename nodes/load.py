@@ -3,12 +3,14 @@
 import torch
 from comfy_api.latest import io
 
+from ..lens_core.config import PLACEMENTS
 from .host import paths
 from .host.clip import load_clip
 from .host.model import load_model
 from .host.vae import load_host_vae
 
 _CATEGORY = "Lens/loaders"
+_EXPERTS = ("packed", "bfloat16")
 _DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -67,24 +69,66 @@ class LensEncoderLoader(io.ComfyNode):
             node_id="LensEncoderLoader",
             display_name="Lens Encoder Loader",
             category=_CATEGORY,
-            description="Loads GPT-OSS-20B as Lens' text encoder; its experts stay packed in 4 bits.",
-            search_aliases=["microsoft lens", "gpt-oss", "lens text encoder", "lens clip"],
+            description=(
+                "Loads GPT-OSS-20B as Lens' text encoder. Its experts stay packed in 4 bits, and it is read "
+                "only when a prompt needs it."
+            ),
+            search_aliases=["microsoft lens", "gpt-oss", "lens text encoder", "lens clip", "gguf"],
             inputs=[
                 io.Combo.Input(
                     "encoder_name",
                     options=paths.choices("encoder"),
                     tooltip=(
-                        "GPT-OSS-20B in MXFP4: a folder of shards or a file in models/text_encoders, "
-                        "or a Lens folder in models/lens."
+                        "GPT-OSS-20B: a folder of shards or a file (MXFP4, nvfp4, GGUF, bf16) in "
+                        "models/text_encoders, or a Lens folder in models/lens."
                     ),
-                )
+                ),
+                io.Combo.Input(
+                    "placement",
+                    options=list(PLACEMENTS),
+                    default="auto",
+                    optional=True,
+                    tooltip=(
+                        "auto: as many layers on the GPU as fit, the others streamed while encoding. gpu: all "
+                        "of them, 11.5 GB. stream: none, 1.1 GB while encoding. cpu: no GPU, about 20 s."
+                    ),
+                ),
+                io.Combo.Input(
+                    "experts",
+                    options=list(_EXPERTS),
+                    default="packed",
+                    optional=True,
+                    advanced=True,
+                    tooltip=(
+                        "packed: 4 bits as stored, fastest. bfloat16: unpacked once on the GPU, 39.6 GB, as "
+                        "the published program does without its kernels."
+                    ),
+                ),
+                io.Boolean.Input(
+                    "feature_cache",
+                    default=True,
+                    optional=True,
+                    advanced=True,
+                    tooltip=(
+                        "Keep each prompt's features on disk (user/__lens, 1 GB at most): a prompt seen "
+                        "before then needs no encoder, even after a restart."
+                    ),
+                ),
             ],
             outputs=[io.Clip.Output(display_name="CLIP", tooltip="For LensTextEncode or CLIPTextEncode.")],
         )
 
     @classmethod
-    def execute(cls, encoder_name: str) -> io.NodeOutput:
-        return io.NodeOutput(load_clip(paths.path_of("encoder", encoder_name)))
+    def execute(
+        cls,
+        encoder_name: str,
+        placement: str = "auto",
+        experts: str = "packed",
+        feature_cache: bool = True,
+    ) -> io.NodeOutput:
+        path = paths.path_of("encoder", encoder_name)
+        dense = experts == "bfloat16"
+        return io.NodeOutput(load_clip(path, placement=placement, dense=dense, remember=feature_cache))
 
 
 class LensVAELoader(io.ComfyNode):

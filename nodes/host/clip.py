@@ -11,19 +11,23 @@ from types import SimpleNamespace
 from typing import Any
 
 import comfy.model_management
-import comfy.ops
 import comfy.sd
 import torch
 from torch import Tensor, nn
 
-from ...lens_core.config import CAPTURED_LAYERS
-from ...lens_core.encoder import GptOssEncoder, encode_prompt, no_features
-from ...lens_core.loading import load_encoder
+from ...lens_core.config import CAPTURED_LAYERS, TEMPLATE_DATE
+from ...lens_core.encoder import no_features
+from ...lens_core.encoder_file import open_encoder
 from ...lens_core.prompt import PromptTokenizer
+from ...lens_core.text_encoder import TextEncoder
+from .feature_cache import feature_cache
+from .patcher import EncoderPatcher
+from .paths import tokenizer_places
 from .progress import on_progress
-from .reader import host_reader
 
-_KEY = "gpt_oss"
+KEY = "gpt_oss"
+# Beside its layers, an encoding holds masks, activations and the experts' results: 0.2 GB at 512 tokens.
+_ACTIVATIONS = 256 << 20
 
 
 class HostTokenizer:
@@ -33,13 +37,19 @@ class HostTokenizer:
         self.tokenizer = tokenizer
 
     def tokenize_with_weights(
-        self, text: str, return_word_ids: bool = False, keep_empty: bool = False, **_: Any
+        self,
+        text: str,
+        return_word_ids: bool = False,
+        keep_empty: bool = False,
+        extended: bool = False,
+        date: str = TEMPLATE_DATE,
+        **_: Any,
     ) -> dict[str, list]:
         """Blank text has no tokens (the empty negative), unless ``keep_empty`` asks for an empty
         user turn (the empty positive). Prompt weights in the text are not interpreted."""
         if not text.strip() and not keep_empty:
-            return {_KEY: [[]]}
-        return {_KEY: [[(token, 1.0) for token in self.tokenizer(text).ids]]}
+            return {KEY: [[]]}
+        return {KEY: [[(token, 1.0) for token in self.tokenizer(text, extended=extended, date=date).ids]]}
 
     def decode(self, token_ids: list[int], skip_special_tokens: bool = True) -> str:
         """Text of token ids."""
@@ -52,15 +62,15 @@ class HostTokenizer:
 
 
 class LensClipModel(nn.Module):
-    """The module inside CLIP."""
+    """The module inside CLIP. Its tensors are the master copies in RAM; ``text`` places them."""
 
-    def __init__(self, encoder: GptOssEncoder, prefix_length: int, dtype: torch.dtype) -> None:
+    def __init__(self, text: TextEncoder, placement: str) -> None:
         super().__init__()
-        self.transformer = encoder
-        self.prefix_length = prefix_length
-        self.dtypes = {dtype}
-        self.compute_dtype = dtype
+        self.transformer = text.model
+        self.text, self.placement = text, placement
+        self.dtypes = {text.dtype}
         self.execution_device: torch.device | None = None
+        self._found: dict[tuple[int, ...], Tensor] = {}
 
     def set_clip_options(self, options: dict[str, Any]) -> None:
         """CLIP tells the device; a chosen layer ("clip skip") has no meaning here."""
@@ -70,50 +80,85 @@ class LensClipModel(nn.Module):
         """Forget the device of the last run."""
         self.execution_device = None
 
+    def memory_estimation_function(self, tokens: Any, device: torch.device | None = None) -> int:
+        """Bytes that encoding takes beside the resident layers."""
+        return self.text.layers.buffers + _ACTIVATIONS
+
+    def remembers(self, tokens: dict[str, list]) -> bool:
+        """Whether these tokens need no encoder: none at all, or features kept on disk (taken now)."""
+        ids = _ids(tokens)
+        found = self.text.known(ids) if ids else None
+        self._found = {} if found is None else {ids: found}
+        return not ids or found is not None
+
     def encode_token_weights(self, tokens: dict[str, list]) -> tuple[Tensor, None, dict[str, Any]]:
         """Features [1, S, L * H] of one prompt's tokens, on the device for intermediate results."""
-        ids = [int(pair[0]) for pair in tokens[_KEY][0]]
-        extra = {"num_layers_stacked": len(CAPTURED_LAYERS)}
-        result_device = comfy.model_management.intermediate_device()
+        ids = _ids(tokens)
+        features = self._found.pop(ids, None)
         if not ids:
-            empty = no_features(self.transformer, len(CAPTURED_LAYERS), self.compute_dtype)
-            return empty.flatten(2).to(result_device), None, extra
-        device = self.execution_device or torch.device("cpu")
-        features = encode_prompt(
-            self.transformer, ids, self.prefix_length, device, self.compute_dtype, on_progress()
-        )
-        return features.flatten(2).to(result_device), None, extra
+            features = no_features(self.transformer, len(CAPTURED_LAYERS), self.text.dtype)
+        elif features is None:
+            device = self.execution_device or torch.device("cpu")
+            (features,) = self.text.encode([ids], device, on_progress())
+        result = features.flatten(2).to(comfy.model_management.intermediate_device())
+        return result, None, {"num_layers_stacked": len(CAPTURED_LAYERS)}
 
 
-def load_clip(path: Path) -> comfy.sd.CLIP:
-    """An encoder file or folder as a CLIP, experts packed as they lie on disk.
+def _ids(tokens: dict[str, list]) -> tuple[int, ...]:
+    return tuple(int(pair[0]) for pair in tokens[KEY][0])
 
-    Never under dynamic VRAM: that moves every buffer at once, and the packed experts are 10 of the 13
-    GB. The classic patcher leaves on the CPU what does not fit, and the experts fetch it as they run.
+
+class LensClip(comfy.sd.CLIP):
+    """A CLIP that loads its model only for prompts whose features it does not remember."""
+
+    def load_model(self, tokens: dict[str, list] | None = None) -> EncoderPatcher:
+        """As CLIP's; without tokens the model is loaded in any case (to be saved, for example)."""
+        if tokens and self.cond_stage_model.remembers(tokens):
+            return self.patcher
+        return super().load_model(tokens or {})
+
+    def clone(self, disable_dynamic: bool = False) -> LensClip:
+        """A CLIP of this class over the same model: ComfyUI's own clone makes a plain one."""
+        copy = LensClip(no_init=True)
+        copy.__dict__.update(super().clone(disable_dynamic).__dict__)
+        return copy
+
+
+def load_clip(
+    path: Path, *, placement: str = "auto", dense: bool = False, remember: bool = True
+) -> LensClip:
+    """An encoder file or folder as a CLIP; only its header is read until a prompt needs it.
+
+    ``placement`` is one of ``config.PLACEMENTS``; ``dense`` dequantises the experts; ``remember`` keeps
+    features on disk.
     """
     management = comfy.model_management
-    device = management.text_encoder_device()
-    # Weights stay in the stored bf16; where bf16 arithmetic is slow or absent they are cast in use.
+    offload = management.text_encoder_offload_device()
+    device = torch.device("cpu") if placement == "cpu" else management.text_encoder_device()
+    # Weights stay in bf16 and 4 bits; where bf16 arithmetic is slow or absent they are cast in use.
     compute = torch.bfloat16 if management.should_use_bf16(device) else torch.float32
-    operations = comfy.ops.pick_operations(torch.bfloat16, compute)
-    encoder, tokenizer = load_encoder(path, torch.bfloat16, operations, host_reader, on_progress())
-
-    def build(dtype: torch.dtype, device: torch.device, model_options: dict[str, Any]) -> LensClipModel:
-        return LensClipModel(encoder, len(tokenizer.prefix), compute).to(device)
-
-    def build_tokenizer(embedding_directory: Any, tokenizer_data: Any) -> HostTokenizer:
-        return HostTokenizer(tokenizer)
-
-    target = SimpleNamespace(params={}, clip=build, tokenizer=build_tokenizer)
-    clip = comfy.sd.CLIP(
-        target,
-        parameters=sum(tensor.nbytes for tensor in encoder.state_dict().values()) // 2,
-        model_options={"dtype": torch.bfloat16},
-        disable_dynamic=True,
+    file = open_encoder(path, tokenizer_places())
+    text = TextEncoder(file, compute, dense=dense, features=feature_cache() if remember else None)
+    target = SimpleNamespace(
+        params={},
+        clip=lambda **_: LensClipModel(text, placement),
+        tokenizer=lambda **_: HostTokenizer(file.tokenizer),
     )
-    clip.patcher.cached_patcher_init = (_load_patcher, (path,))
+    options = {
+        "dtype": torch.bfloat16,
+        "load_device": device,
+        "offload_device": offload,
+        "initial_device": offload,
+    }
+    clip = LensClip(target, model_options=options, disable_dynamic=True)
+    plain = clip.patcher
+    clip.patcher = EncoderPatcher(clip.cond_stage_model, plain.load_device, plain.offload_device)
+    clip.patcher.is_clip, clip.patcher.hook_mode = plain.is_clip, plain.hook_mode
+    clip.patcher.cached_patcher_init = (_load_patcher, (path, placement, dense, remember))
     return clip
 
 
-def _load_patcher(path: Path, disable_dynamic: bool = False):
-    return load_clip(path).patcher
+def _load_patcher(
+    path: Path, placement: str, dense: bool, remember: bool, disable_dynamic: bool = False
+) -> EncoderPatcher:
+    return load_clip(path, placement=placement, dense=dense, remember=remember).patcher

@@ -48,6 +48,14 @@ def path_of(component: str, name: str) -> Path:
     return folder
 
 
+def tokenizer_places() -> list[Path]:
+    """Folders where a tokenizer.json may lie that an encoder file does not bring along."""
+    encoders = [Path(root) for root in folder_paths.get_folder_paths("text_encoders")]
+    inside = [folder for root in encoders if root.is_dir() for folder in sorted(root.iterdir())]
+    lens = _subfolders(LENS_FOLDER, "tokenizer/tokenizer.json").values()
+    return [*encoders, *filter(Path.is_dir, inside), *(folder / "tokenizer" for folder in lens)]
+
+
 def _folders(component: str) -> dict[str, Path]:
     found = {}
     if component == "encoder":

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import comfy.model_management
 import comfy.utils
+from server import PromptServer
 
 
 def on_progress() -> Callable[[int, int], None]:
@@ -17,3 +18,10 @@ def on_progress() -> Callable[[int, int], None]:
         bar.update_absolute(done, total)
 
     return update
+
+
+def say(text: str, node_id: str | None) -> None:
+    """Show a line of text on a node of the page, if there are a page and a text."""
+    server = getattr(PromptServer, "instance", None)
+    if text and node_id is not None and server is not None:
+        server.send_progress_text(text, node_id)
