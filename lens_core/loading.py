@@ -7,34 +7,32 @@ a component in its stored dtype is never copied.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .denoiser import LensDenoiser
 from .encoder import GptOssEncoder
+from .encoder_file import EncoderFile
 from .errors import CheckpointError, MissingPackage
-from .ops import Operations
+from .ops import CastingOperations, Operations
 from .prompt import PromptTokenizer
 from .vae import LensVAE
 from .weights import (
-    Checkpoint,
     denoiser_config,
-    encoder_config,
     load_into,
     open_checkpoint,
     vae_config,
 )
 from .weights.detect import is_ldm_vae, require
-from .weights.keymap import DENOISER, ENCODER, ENCODER_UNUSED, VAE_DIFFUSERS, VAE_LDM
+from .weights.keymap import DENOISER, VAE_DIFFUSERS, VAE_LDM
 from .weights.loader import OnTensor
 from .weights.reader import read_json
 
 SUBFOLDERS = {"denoiser": "transformer", "encoder": "text_encoder", "vae": "vae"}
-Read = Callable[[str], Tensor]
 
 
 def component_path(path: str | Path, component: str) -> Path:
@@ -56,31 +54,26 @@ def load_denoiser(
     return model.eval()
 
 
+def open_encoder(path: str | Path, tokenizer_places: Sequence[Path] = ()) -> EncoderFile:
+    """An encoder's file or folder, opened and checked but not read.
+
+    ``tokenizer_places`` are folders or files to look for a tokenizer.json in after the usual ones.
+    """
+    return EncoderFile(component_path(path, "encoder"), tokenizer_places)
+
+
 def load_encoder(
     path: str | Path,
     dtype: torch.dtype | None,
-    operations: Operations = nn,
-    read: Callable[[Checkpoint], Read] | None = None,
+    operations: Operations = CastingOperations,
     on_tensor: OnTensor | None = None,
 ) -> tuple[GptOssEncoder, PromptTokenizer]:
     """The encoder on the CPU, experts packed, the rest in ``dtype`` (None: as stored), and its
-    tokenizer. ``read`` gives another way to read a checkpoint's tensors."""
-    path = component_path(path, "encoder")
-    checkpoint = open_checkpoint(path)
-    config = encoder_config(checkpoint)
-    tokenizer = _tokenizer(path, checkpoint)
-    model = GptOssEncoder(config, operations, dtype, device="meta")
-    reader = None if read is None else read(checkpoint)
-    load_into(
-        model,
-        checkpoint,
-        ENCODER,
-        dtype,
-        structure=GptOssEncoder(config, device="meta"),
-        unused=ENCODER_UNUSED,
-        read=reader,
-        on_tensor=on_tensor,
-    )
+    tokenizer."""
+    file = open_encoder(path)
+    tokenizer = file.tokenizer
+    model = GptOssEncoder(file.config, operations, dtype, device="meta")
+    file.load(model, dtype, on_tensor)
     return model.eval(), tokenizer
 
 
@@ -105,19 +98,3 @@ def load_vae(path: str | Path, dtype: torch.dtype, on_tensor: OnTensor | None = 
     counter = ("model.bn.num_batches_tracked",)
     load_into(vae, checkpoint, table, dtype, optional=counter, on_tensor=on_tensor)
     return vae.eval()
-
-
-def _tokenizer(path: Path, checkpoint: Checkpoint) -> PromptTokenizer:
-    if "tokenizer_json" in checkpoint.header:
-        content = bytes(checkpoint.read("tokenizer_json").tolist()).decode("utf-8", "replace")
-        return PromptTokenizer.from_json(content, f"the tokenizer in {checkpoint.name}")
-    folder = path if path.is_dir() else path.parent
-    for place in (folder, folder / "tokenizer", folder.parent / "tokenizer"):
-        if (place / "tokenizer.json").is_file():
-            beside = place / "tokenizer.json"
-            content = beside.read_text(encoding="utf-8", errors="replace")
-            return PromptTokenizer.from_json(content, str(beside))
-    raise CheckpointError(
-        f"{checkpoint.name} holds no tokenizer and there is no tokenizer.json in {folder} or "
-        f"{folder.parent / 'tokenizer'}. Copy gpt-oss-20b's tokenizer.json there."
-    )

@@ -12,10 +12,9 @@ from torch import Tensor
 from .config import ENCODER_OPTIONS, EncoderOptions
 from .denoiser import LensDenoiser
 from .encoder import no_features
-from .encoder_file import open_encoder
 from .errors import SettingError
 from .feature_cache import FeatureCache
-from .loading import component_path, load_denoiser, load_vae
+from .loading import load_denoiser, load_vae, open_encoder
 from .sampling import (
     euler,
     norm_rescaled_guidance,
@@ -28,7 +27,6 @@ from .sampling.loop import OnStep
 from .text_encoder import TextEncoder
 from .vae import LensVAE, to_uint8
 from .weights.loader import OnTensor
-
 
 # GPU memory that the encoder's layers leave to sampling and decoding when placed by "auto".
 _WORKING_MEMORY = 6 << 30
@@ -55,7 +53,7 @@ class LensPipeline:
         options: EncoderOptions = ENCODER_OPTIONS,
     ) -> LensPipeline:
         """Load a folder in diffusers' layout; ``on_tensor(done, total)`` counts in each component."""
-        file = open_encoder(component_path(folder, "encoder"))
+        file = open_encoder(folder)
         kept = None if options.feature_cache is None else FeatureCache(options.feature_cache)
         text = TextEncoder(file, dtype, dense=options.dense, features=kept)
         denoiser = load_denoiser(folder, dtype, on_tensor=on_tensor)

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from .config import CAPTURED_LAYERS
 from .encoder import GptOssEncoder, GptOssLayer, PackedExperts, PrefixCache, encode_prompts
-from .feature_cache import FeatureCache, feature_key
 from .encoder_file import EncoderFile
+from .feature_cache import FeatureCache, feature_key
 from .memory import LayerStore
 from .memory.flat import Layout, assign
 from .memory.layers import OnLayer

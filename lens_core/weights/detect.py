@@ -9,10 +9,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 
-from ..config import LENS, LENS_BASE, LENS_TURBO, DenoiserConfig, EncoderConfig, Variant
+from ..config import LENS, LENS_BASE, LENS_TURBO, DenoiserConfig, Variant
 from ..errors import CheckpointError
-from ..quant.mxfp4 import BLOCK
-from .keymap import DENOISER, ENCODER, rename
+from .gguf import GgufCheckpoint
+from .keymap import DENOISER, rename
+from .loader import AnyCheckpoint
 from .reader import Checkpoint
 
 Shape = tuple[int, ...]
@@ -24,11 +25,15 @@ _KINDS: tuple[tuple[str, str], ...] = (
     ("a quantised Lens denoiser (Comfy)", r"transformer_blocks\.0\.attn\.img_qkv\.comfy_quant$"),
     ("a Lens denoiser", r"(?:^|\.)transformer_blocks\.0\.attn\.img_qkv\.weight$"),
     ("a GPT-OSS encoder in MXFP4", r"^(?:model\.)?layers\.0\.mlp\.experts\.gate_up_proj_blocks$"),
-    ("a GPT-OSS encoder in nvfp4", r"^layers\.0\.mlp\.experts\.gate_up_proj\.comfy_quant$"),
     (
-        "a GPT-OSS encoder in bf16",
-        r"^(?:model\.)?layers\.0\.mlp\.experts\.gate_up_proj(?:\.weight)?$",
+        "a GPT-OSS encoder quantised for ComfyUI",
+        r"^(?:model\.)?layers\.0\.mlp\.experts\.gate_up_proj\.(?:comfy_quant|weight_scale)$",
     ),
+    (
+        "a GPT-OSS encoder in bf16 for ComfyUI",
+        r"^(?:model\.)?layers\.0\.mlp\.experts\.gate_up_proj\.weight$",
+    ),
+    ("a GPT-OSS encoder in bf16", r"^(?:model\.)?layers\.0\.mlp\.experts\.gate_up_proj$"),
     ("a GPT-OSS encoder in OpenAI's own layout", r"^block\.0\.mlp\.mlp1_weight\.blocks$"),
     ("a FLUX.2 VAE", r"(?:^|\.)bn\.running_mean$"),
     ("a FLUX denoiser", r"(?:^|\.)double_blocks\.0\.img_attn\.qkv\.weight$"),
@@ -40,21 +45,23 @@ _KINDS: tuple[tuple[str, str], ...] = (
     ("a VAE of another model", r"(?:^|\.)decoder\.conv_in\.weight$"),
     ("a language model", r"(?:^|\.)layers\.0\.self_attn\.q_proj\.weight$"),
 )
-_FITTING = {
-    "denoiser": "a Lens denoiser",
-    "encoder": "a GPT-OSS encoder in MXFP4",
-    "vae": "a FLUX.2 VAE",
-}
+# An encoder's kind goes on with its layout, of which all are read: see encoder_layouts.LAYOUTS.
+_EXPECTED = {"denoiser": "a Lens denoiser", "encoder": "a GPT-OSS encoder", "vae": "a FLUX.2 VAE"}
 _ADVICE = {
     "denoiser": "Choose a file such as lens_turbo_bf16.safetensors, or a Lens folder.",
-    "encoder": "Choose the gpt-oss-20b folder (MXFP4 shards and tokenizer.json), or a Lens folder.",
+    "encoder": (
+        "Choose gpt-oss-20b as OpenAI publishes it (a folder of shards, or its original/ folder), a file "
+        "of it for ComfyUI (nvfp4, bf16), a GGUF of it with MXFP4 experts, or a Lens folder."
+    ),
     "vae": "Choose flux2-vae.safetensors, or a Lens folder.",
 }
 
 
-def describe(names: Iterable[str]) -> str:
-    """What a file with these tensor names looks like, for an error message."""
-    names = list(names)
+def describe(checkpoint: AnyCheckpoint) -> str:
+    """What a file with these tensors looks like, for an error message."""
+    if isinstance(checkpoint, GgufCheckpoint):
+        return _describe_gguf(checkpoint)
+    names = list(checkpoint.header)
     for kind, pattern in _KINDS:
         search = re.compile(pattern).search
         if any(search(name) for name in names):
@@ -62,48 +69,39 @@ def describe(names: Iterable[str]) -> str:
     return f"an unknown kind of model ({names[0]}, ...)" if names else "a file without tensors"
 
 
-def require(checkpoint: Checkpoint, component: str) -> None:
-    """Raise CheckpointError unless it holds ``component``: denoiser, encoder or vae."""
-    kind = describe(checkpoint.header)
-    if kind != _FITTING[component]:
-        raise CheckpointError(
-            f"{checkpoint.name} is {kind}; expected {_FITTING[component]}. {_ADVICE[component]}"
-        )
+def _describe_gguf(checkpoint: GgufCheckpoint) -> str:
+    architecture = checkpoint.metadata.get("general.architecture", "an unnamed architecture")
+    parts = checkpoint.metadata.get("split.count", 1)
+    if parts > 1:
+        return f"one of {parts} parts of a GGUF (llama-gguf-split --merge joins them)"
+    if architecture != "gpt-oss":
+        return f"a GGUF of {architecture}"
+    if "blk.0.ffn_gate_exps.weight" not in checkpoint.header:
+        return "a GGUF of gpt-oss without experts"
+    return "a GPT-OSS encoder in GGUF"
+
+
+def require(checkpoint: AnyCheckpoint, component: str) -> str:
+    """What the checkpoint is; raises CheckpointError unless it holds ``component``: denoiser, encoder
+    or vae."""
+    kind, expected = describe(checkpoint), _EXPECTED[component]
+    if kind != expected and not (component == "encoder" and kind.startswith(expected)):
+        raise CheckpointError(f"{checkpoint.name} is {kind}; expected {expected}. {_ADVICE[component]}")
+    return kind
 
 
 def denoiser_config(checkpoint: Checkpoint) -> DenoiserConfig:
     """Sizes of a Lens denoiser."""
     require(checkpoint, "denoiser")
-    shapes = _shapes(checkpoint, rename(checkpoint.header, DENOISER))
-    shape = _shape_of(checkpoint, shapes)
+    source = rename(checkpoint.header, DENOISER)
+    shape = shape_reader(checkpoint, source)
     hidden, channels = shape("img_in.weight", 2)
     return DenoiserConfig(
-        num_layers=_count(shapes, r"^transformer_blocks\.(\d+)\."),
+        num_layers=count(source, r"^transformer_blocks\.(\d+)\."),
         num_attention_heads=hidden // DenoiserConfig.attention_head_dim,
         in_channels=channels,
         enc_hidden_dim=shape("txt_norm.0.weight", 1)[0],
-        num_text_layers=_count(shapes, r"^txt_norm\.(\d+)\."),
-    )
-
-
-def encoder_config(checkpoint: Checkpoint) -> EncoderConfig:
-    """Sizes of a GPT-OSS encoder."""
-    require(checkpoint, "encoder")
-    shapes = _shapes(checkpoint, rename(checkpoint.header, ENCODER))
-    shape = _shape_of(checkpoint, shapes)
-    vocabulary, hidden = shape("embed_tokens.weight", 2)
-    experts, _, groups = shape("layers.0.mlp.experts.down_proj_scales", 3)
-    heads = shape("layers.0.self_attn.sinks", 1)[0]
-    head_dim = shape("layers.0.self_attn.q_proj.weight", 2)[0] // heads
-    return EncoderConfig(
-        vocab_size=vocabulary,
-        hidden_size=hidden,
-        intermediate_size=groups * BLOCK,
-        num_hidden_layers=_count(shapes, r"^layers\.(\d+)\."),
-        num_attention_heads=heads,
-        num_key_value_heads=shape("layers.0.self_attn.k_proj.weight", 2)[0] // head_dim,
-        head_dim=head_dim,
-        num_local_experts=experts,
+        num_text_layers=count(source, r"^txt_norm\.(\d+)\."),
     )
 
 
@@ -115,16 +113,16 @@ def is_ldm_vae(checkpoint: Checkpoint) -> bool:
 def vae_config(checkpoint: Checkpoint) -> dict:
     """AutoencoderKLFlux2's arguments for a FLUX.2 VAE without a config.json."""
     ldm = is_ldm_vae(checkpoint)
-    header = {re.sub(r"^(?:first_stage_model|vae)\.", "", n): i for n, i in checkpoint.header.items()}
-    shape = _shape_of(checkpoint, {name: info.shape for name, info in header.items()})
+    source = {re.sub(r"^(?:first_stage_model|vae)\.", "", name): name for name in checkpoint.header}
+    shape = shape_reader(checkpoint, source)
     if ldm:
         encoder = [f"encoder.down.{i}.block.0.conv1.weight" for i in range(4)]
         decoder = [f"decoder.up.{i}.block.0.conv1.weight" for i in range(4)]
-        layers = _count(header, r"^encoder\.down\.0\.block\.(\d+)\.")
+        layers = count(source, r"^encoder\.down\.0\.block\.(\d+)\.")
     else:
         encoder = [f"encoder.down_blocks.{i}.resnets.0.conv1.weight" for i in range(4)]
         decoder = [f"decoder.up_blocks.{3 - i}.resnets.0.conv1.weight" for i in range(4)]
-        layers = _count(header, r"^encoder\.down_blocks\.0\.resnets\.(\d+)\.")
+        layers = count(source, r"^encoder\.down_blocks\.0\.resnets\.(\d+)\.")
     return {
         "block_out_channels": [shape(name, 4)[0] for name in encoder],
         "decoder_block_out_channels": [shape(name, 4)[0] for name in decoder],
@@ -144,15 +142,14 @@ def variant_of(name: str, metadata: dict[str, str] | None = None) -> Variant:
     return LENS_BASE if "base" in re.split(r"[^a-z0-9]+", text) else LENS
 
 
-def _shapes(checkpoint: Checkpoint, source: dict[str, str]) -> dict[str, Shape]:
-    return {name: checkpoint.header[old].shape for name, old in source.items()}
+def shape_reader(checkpoint: AnyCheckpoint, source: dict[str, str]) -> Callable[[str, int], Shape]:
+    """A function (name, rank) -> shape that raises CheckpointError where the file has no such tensor.
 
-
-def _shape_of(checkpoint: Checkpoint, shapes: dict[str, Shape]) -> Callable[[str, int], Shape]:
-    """A function (name, rank) -> shape that raises CheckpointError where the file has no such tensor."""
+    ``source`` gives the stored name of each (``keymap.rename``).
+    """
 
     def shape(name: str, rank: int) -> Shape:
-        found = shapes.get(name)
+        found = checkpoint.header[source[name]].shape if name in source else None
         if found is None or len(found) != rank or 0 in found:
             has = "no tensor" if found is None else f"the odd shape {list(found)} for"
             raise CheckpointError(
@@ -164,7 +161,8 @@ def _shape_of(checkpoint: Checkpoint, shapes: dict[str, Shape]) -> Callable[[str
     return shape
 
 
-def _count(names: Iterable[str], pattern: str) -> int:
+def count(names: Iterable[str], pattern: str) -> int:
+    """One more than the largest number that ``pattern``'s group finds in the names."""
     search = re.compile(pattern).search
     found = {int(match[1]) for match in map(search, names) if match}
     return max(found, default=-1) + 1

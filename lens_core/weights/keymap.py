@@ -14,8 +14,40 @@ Table = tuple[tuple[str, str], ...]
 
 DENOISER: Table = ((r"^(?:model\.diffusion_model|diffusion_model|transformer|net)\.", ""),)
 
-# Hugging Face's GPT-OSS.
+# Hugging Face's GPT-OSS, which are the module's names too but for ``model.``; the layouts below add
+# names of banks that are converted, by weights.banks.
 ENCODER: Table = ((r"^model\.", ""),)
+# ComfyUI's: a bank is a module of its own.
+ENCODER_COMFY: Table = (*ENCODER, (r"(\.mlp\.experts\.(?:gate_up|down)_proj)\.bias$", r"\1_bias"))
+# OpenAI's ``original/`` folder.
+ENCODER_ORIGINAL: Table = (
+    (r"^embedding\.", "embed_tokens."),
+    (r"^unembedding\.", "lm_head."),
+    (r"^norm\.scale$", "norm.weight"),
+    (r"^block\.", "layers."),
+    (r"\.attn\.norm\.scale$", ".input_layernorm.weight"),
+    (r"\.mlp\.norm\.scale$", ".post_attention_layernorm.weight"),
+    (r"\.attn\.out\.", ".self_attn.o_proj."),
+    (r"\.attn\.(qkv|sinks)", r".self_attn.\1"),
+    (r"\.mlp\.gate\.", ".mlp.router."),
+    (r"\.mlp\.mlp1_(?:weight\.)?", ".mlp.experts.gate_up_proj_"),
+    (r"\.mlp\.mlp2_(?:weight\.)?", ".mlp.experts.down_proj_"),
+)
+# llama.cpp's.
+ENCODER_GGUF: Table = (
+    (r"^token_embd\.", "embed_tokens."),
+    (r"^output\.", "lm_head."),
+    (r"^output_norm\.", "norm."),
+    (r"^blk\.", "layers."),
+    (r"\.attn_norm\.", ".input_layernorm."),
+    (r"\.post_attention_norm\.", ".post_attention_layernorm."),
+    (r"\.attn_output\.", ".self_attn.o_proj."),
+    (r"\.attn_sinks(?:\.weight)?$", ".self_attn.sinks"),
+    (r"\.attn_([qkv])\.", r".self_attn.\1_proj."),
+    (r"\.ffn_gate_inp\.", ".mlp.router."),
+    (r"\.ffn_down_exps\.bias$", ".mlp.experts.down_proj_bias"),
+    (r"\.ffn_(gate|up|down)_exps\.", r".mlp.experts.\1."),
+)
 # Held by full GPT-OSS checkpoints, of no use to a feature extractor.
 ENCODER_UNUSED = (r"^lm_head\.weight$", r"^norm\.weight$", r"^tokenizer_json$")
 

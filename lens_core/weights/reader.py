@@ -7,14 +7,15 @@ another format, a missing shard) becomes one sentence here.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import CheckpointError
+from .tensor_info import DTYPES, TensorInfo, cast
 
 # safetensors' own limit.
 _LARGEST_HEADER = 100_000_000
@@ -28,15 +29,6 @@ _MAGIC = {
 }
 
 
-@dataclass(frozen=True)
-class TensorInfo:
-    """Where a tensor lies and what it is, as its file's header says."""
-
-    path: Path
-    shape: tuple[int, ...]
-    dtype: str  # safetensors' name: F32, BF16, U8, ...
-
-
 class Checkpoint:
     """The tensors of one file or of several shards, read on demand through mmap."""
 
@@ -47,10 +39,7 @@ class Checkpoint:
         self._open = {path: _open_safetensors(path) for path in paths}
         for path, file in self._open.items():
             self.metadata.update(file.metadata() or {})
-            for name in file.keys():  # noqa: SIM118  safe_open is no mapping
-                part = file.get_slice(name)
-                info = TensorInfo(path, tuple(part.get_shape()), str(part.get_dtype()))
-                self.header[name] = info
+            self.header.update(_tensors_of(path))
 
     @property
     def name(self) -> str:
@@ -58,9 +47,16 @@ class Checkpoint:
         first = self.paths[0]
         return first.name if len(self.paths) == 1 else f"{first.parent.name}/ ({len(self.paths)} files)"
 
-    def read(self, name: str) -> Tensor:
-        """The tensor, on the CPU, in its stored dtype."""
-        return self._open[self.header[name].path].get_tensor(name)
+    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """The tensor on the CPU; floating-point ones in ``dtype`` (None: as stored).
+
+        As stored it stays where the file is mapped; converted, it leaves nothing of the file behind.
+        """
+        info = self.header[name]
+        if dtype is None or not info.floating or DTYPES.get(info.dtype) in (dtype, None):
+            tensor = self._open[info.path].get_tensor(name)
+            return tensor if dtype is None or not info.floating else tensor.to(dtype)
+        return cast(info, dtype)
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
@@ -130,6 +126,21 @@ def _why_not(path: Path, error: Exception) -> str:
         return f"{path.name} is damaged or no safetensors file ({size:,} bytes; {error}). {again}"
     fault = "is cut short" if size < expected else "has more in it than its header says"
     return f"{path.name} {fault}: {size:,} bytes instead of {expected:,}. {again}"
+
+
+def _tensors_of(path: Path) -> dict[str, TensorInfo]:
+    """Where the tensors of a file lie, which safetensors has found to be in order."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    return {
+        name: TensorInfo(
+            path, tuple(entry["shape"]), entry["dtype"], 8 + length + entry["data_offsets"][0], size
+        )
+        for name, entry in header.items()
+        for size in [entry["data_offsets"][1] - entry["data_offsets"][0]]
+    }
 
 
 def _expected_size(path: Path) -> int | None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ...lens_core.config import CAPTURED_LAYERS, TEMPLATE_DATE
 from ...lens_core.encoder import no_features
-from ...lens_core.encoder_file import open_encoder
+from ...lens_core.loading import open_encoder
 from ...lens_core.prompt import PromptTokenizer
 from ...lens_core.text_encoder import TextEncoder
 from .feature_cache import feature_cache
@@ -124,9 +124,7 @@ class LensClip(comfy.sd.CLIP):
         return copy
 
 
-def load_clip(
-    path: Path, *, placement: str = "auto", dense: bool = False, remember: bool = True
-) -> LensClip:
+def load_clip(path: Path, *, placement: str = "auto", dense: bool = False, remember: bool = True) -> LensClip:
     """An encoder file or folder as a CLIP; only its header is read until a prompt needs it.
 
     ``placement`` is one of ``config.PLACEMENTS``; ``dense`` dequantises the experts; ``remember`` keeps

@@ -37,7 +37,9 @@ class EncoderPatcher(comfy.model_patcher.ModelPatcher):
     def add_patches(self, patches: dict, strength_patch: float = 1.0, strength_model: float = 1.0) -> list:
         """Packed weights take no patches, and no LoRA for Lens' encoder exists; said once per LoRA."""
         if patches:
-            log.warning("A LoRA's %d text-encoder weights are ignored: Lens' encoder is packed.", len(patches))
+            log.warning(
+                "A LoRA's %d text-encoder weights are ignored: Lens' encoder is packed.", len(patches)
+            )
         return []
 
     def load(

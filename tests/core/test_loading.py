@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lens_core.config import LENS, LENS_BASE, LENS_TURBO, Variant
 from lens_core.errors import CheckpointError, CheckpointMismatch
-from lens_core.loading import load_denoiser, load_encoder, load_vae
+from lens_core.loading import load_denoiser, load_encoder, load_vae, open_encoder
 from lens_core.weights import open_checkpoint, variant_of
 
 FILES = {
@@ -213,19 +213,31 @@ def encoder_folder(tiny_folder: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_folder / "text_encoder", tmp_path / "lens" / "text_encoder"))
 
 
-@pytest.mark.parametrize("place", [".", "tokenizer", "../tokenizer"])
+@pytest.mark.parametrize("place", [".", "tokenizer", "../tokenizer", ".."])
 def test_the_tokenizer_is_found_in_or_beside_the_encoder(tiny_folder: Path, encoder_folder: Path, place: str):
     (encoder_folder / place).mkdir(exist_ok=True)
     shutil.copy(tiny_folder / "tokenizer" / "tokenizer.json", encoder_folder / place)
     assert load_encoder(encoder_folder, None)[1].encode("a red")
 
 
-def test_a_missing_tokenizer_says_where_it_was_looked_for(encoder_folder: Path):
-    with pytest.raises(CheckpointError, match=r"Copy gpt-oss-20b's tokenizer\.json there") as caught:
-        load_encoder(encoder_folder, None)
+def test_a_missing_tokenizer_says_where_it_was_looked_for(encoder_folder: Path, tmp_path: Path):
+    elsewhere = tmp_path / "elsewhere"
+    with pytest.raises(CheckpointError, match=r"Copy gpt-oss-20b's tokenizer\.json") as caught:
+        _ = open_encoder(encoder_folder, [elsewhere]).tokenizer
+    places = [encoder_folder, encoder_folder / "tokenizer", encoder_folder.parent / "tokenizer"]
+    places += [encoder_folder.parent, elsewhere]
     message = str(caught.value)
-    assert f" in {encoder_folder} " in message
-    assert str(encoder_folder.parent / "tokenizer") in message
+    assert f"there is no tokenizer.json in {', '.join(map(str, places))}." in message
+    assert message.endswith(f" into {encoder_folder}.")
+
+
+@pytest.mark.parametrize("place", ["folder", "file"])
+def test_other_places_for_a_tokenizer_may_be_folders_or_files(
+    tiny_folder: Path, encoder_folder: Path, place: str
+):
+    where = tiny_folder / "tokenizer"
+    places = [encoder_folder / "missing", where if place == "folder" else where / "tokenizer.json"]
+    assert open_encoder(encoder_folder, places).tokenizer.encode("a red")
 
 
 def test_a_single_files_missing_tokenizer_is_looked_for_in_its_folder(tiny_models: Path, tmp_path: Path):
@@ -234,7 +246,7 @@ def test_a_single_files_missing_tokenizer_is_looked_for_in_its_folder(tiny_model
     save_file(tensors, tmp_path / "encoder.safetensors")
     with pytest.raises(CheckpointError, match=r"encoder\.safetensors holds no tokenizer") as caught:
         load_encoder(tmp_path / "encoder.safetensors", None)
-    assert f" in {tmp_path} " in str(caught.value)
+    assert f" in {tmp_path}, " in str(caught.value)
     shutil.copy(tiny_models / "lens" / "Lens-tiny" / "tokenizer" / "tokenizer.json", tmp_path)
     assert load_encoder(tmp_path / "encoder.safetensors", None)[1].encode("a red")
 

@@ -26,7 +26,7 @@ LOADERS: dict[str, Load] = {
 }
 EXPECTED = {
     "denoiser": "a Lens denoiser",
-    "encoder": "a GPT-OSS encoder in MXFP4",
+    "encoder": "a GPT-OSS encoder",
     "vae": "a FLUX.2 VAE",
 }
 # What a file is, and tensor names that such files have.
@@ -55,8 +55,13 @@ OTHER_MODELS = {
         "transformer_blocks.0.attn.img_qkv.weight",
         "transformer_blocks.0.attn.img_qkv.comfy_quant",
     ],
-    "a GPT-OSS encoder in nvfp4": ["layers.0.mlp.experts.gate_up_proj.comfy_quant"],
+}
+# Every layout of the encoder: nothing that another component's loader takes.
+ENCODERS = {
+    "a GPT-OSS encoder in MXFP4": ["model.layers.0.mlp.experts.gate_up_proj_blocks"],
+    "a GPT-OSS encoder quantised for ComfyUI": ["layers.0.mlp.experts.gate_up_proj.comfy_quant"],
     "a GPT-OSS encoder in bf16": ["model.layers.0.mlp.experts.gate_up_proj"],
+    "a GPT-OSS encoder in bf16 for ComfyUI": ["layers.0.mlp.experts.gate_up_proj.weight"],
     "a GPT-OSS encoder in OpenAI's own layout": ["block.0.mlp.mlp1_weight.blocks"],
 }
 
@@ -78,6 +83,22 @@ def test_a_file_of_another_model_is_named_as_what_it_is(tmp_path: Path, componen
     save_file({name: torch.zeros(2, 2) for name in OTHER_MODELS[kind]}, tmp_path / "other.safetensors")
     message = refusal(LOADERS[component], tmp_path / "other.safetensors")
     assert message.startswith(f"other.safetensors is {kind}; expected {EXPECTED[component]}. Choose ")
+
+
+@pytest.mark.parametrize("component", ["denoiser", "vae"], indirect=True)
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_an_encoder_in_any_layout_is_named_to_the_other_loaders(tmp_path: Path, component: str, kind: str):
+    save_file({name: torch.zeros(2, 2) for name in ENCODERS[kind]}, tmp_path / "other.safetensors")
+    message = refusal(LOADERS[component], tmp_path / "other.safetensors")
+    assert message.startswith(f"other.safetensors is {kind}; expected {EXPECTED[component]}. Choose ")
+
+
+def test_every_layout_of_the_encoder_that_is_recognised_is_read():
+    from lens_core.weights.detect import _KINDS
+    from lens_core.weights.encoder_layouts import LAYOUTS
+
+    recognised = {kind for kind, _ in _KINDS if kind.startswith(EXPECTED["encoder"])}
+    assert recognised | {"a GPT-OSS encoder in GGUF"} == set(LAYOUTS)
 
 
 @pytest.mark.parametrize(
@@ -104,7 +125,8 @@ def test_lens_own_components_are_not_taken_for_each_other(tiny_models: Path, com
     for other, path in files.items():
         if other != component:
             message = refusal(LOADERS[component], path)
-            assert message.startswith(f"{path.name} is {EXPECTED[other]}; expected {EXPECTED[component]}.")
+            assert message.startswith(f"{path.name} is {EXPECTED[other]}")
+            assert f"; expected {EXPECTED[component]}. Choose " in message
 
 
 def test_an_unknown_model_is_named_by_a_tensor(tmp_path: Path, component: str):
@@ -162,6 +184,9 @@ def test_another_format_is_named_and_the_right_one_too(
     path = tmp_path / "download.safetensors"
     write(path)
     message = refusal(LOADERS[component], path)
+    if write is write_gguf and component == "encoder":  # which may be one, by any name
+        assert "download.safetensors is a GGUF of llama; expected a GPT-OSS encoder. Choose " in message
+        return
     assert f"download.safetensors is {kind}" in message
     assert "Expected a .safetensors file; choose another file." in message
 

@@ -1,0 +1,138 @@
+"""A GPT-OSS encoder on disk, in any of the layouts it is published in: what it is, and filling a module.
+
+Opening reads headers alone and compares them with what the module needs; the tokenizer, the identity
+and (for nvfp4) the final config are worked out when asked for.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from .config import EncoderConfig
+from .encoder import GptOssEncoder
+from .errors import CheckpointError
+from .prompt import PromptTokenizer
+from .weights.banks import ExpertQuantizer
+from .weights.encoder_layouts import encoder_config, encoder_layout, encoder_parts, settled
+from .weights.gguf import GgufCheckpoint, is_gguf
+from .weights.gguf_tokenizer import tokenizer_of
+from .weights.identity import identity
+from .weights.keymap import ENCODER_UNUSED
+from .weights.loader import AnyCheckpoint, OnTensor, load_into, plan_load
+from .weights.reader import open_checkpoint
+
+log = logging.getLogger(__name__)
+_TOKENIZER = "tokenizer.json"
+
+
+class EncoderFile:
+    """An opened file or folder; made by ``loading.open_encoder``.
+
+    Raises CheckpointError where it is no GPT-OSS encoder or one in a format that is not read, and
+    CheckpointMismatch where tensors are missing, unexpected or of another shape.
+    """
+
+    def __init__(self, path: Path, tokenizer_places: Sequence[Path] = ()) -> None:
+        self.path = path
+        self.tokenizer_places = tuple(tokenizer_places)
+        self.checkpoint: AnyCheckpoint = _open(path)
+        self.layout = encoder_layout(self.checkpoint)
+        self._sizes = encoder_config(self.checkpoint, self.layout)
+        plan_load(
+            GptOssEncoder(self._sizes, device="meta"),
+            self.checkpoint,
+            self.layout.table,
+            unused=ENCODER_UNUSED,
+            parts=encoder_parts(self.layout, self._sizes),
+        )
+
+    @property
+    def name(self) -> str:
+        """How to speak of it to a user."""
+        return self.checkpoint.name
+
+    @cached_property
+    def config(self) -> EncoderConfig:
+        """Sizes, and the format that the banks are loaded as. Of an nvfp4 file this reads every scale
+        (1.2 GB of GPT-OSS-20B): banks that are MXFP4 in another dress are loaded as that."""
+        return settled(self.checkpoint, self.layout, self._sizes)
+
+    @cached_property
+    def identity(self) -> str:
+        """A hex digest that names the weights, wherever they lie."""
+        return identity(self.checkpoint.paths)
+
+    @cached_property
+    def tokenizer(self) -> PromptTokenizer:
+        """Embedded in the file, beside it, in ``tokenizer_places``, or rebuilt from a GGUF's metadata."""
+        if "tokenizer_json" in self.checkpoint.header:
+            content = bytes(self.checkpoint.read("tokenizer_json").tolist()).decode("utf-8", "replace")
+            return PromptTokenizer.from_json(content, f"the tokenizer in {self.name}")
+        places = self._places()
+        for place in places:
+            file = place / _TOKENIZER if place.is_dir() else place
+            if file.is_file():
+                content = file.read_text(encoding="utf-8", errors="replace")
+                return PromptTokenizer.from_json(content, str(file))
+        if isinstance(self.checkpoint, GgufCheckpoint):
+            tokenizer = tokenizer_of(self.checkpoint)
+            if tokenizer is not None:
+                return PromptTokenizer(tokenizer, f"the tokenizer in {self.name}")
+        raise CheckpointError(
+            f"{self.name} holds no tokenizer and there is no {_TOKENIZER} in {', '.join(map(str, places))}. "
+            f"Copy gpt-oss-20b's {_TOKENIZER} (12 MB, beside its weights or in a Lens folder's tokenizer/) "
+            f"into {places[0]}."
+        )
+
+    def load(
+        self,
+        encoder: nn.Module,
+        dtype: torch.dtype | None,
+        on_tensor: OnTensor | None = None,
+        *,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """Fill a GptOssEncoder of this ``config``, built on the meta device: experts packed, the rest
+        in ``dtype`` (None: as stored; what a GGUF has quantised becomes bf16).
+
+        The tensors end on the CPU. ``on_tensor(done, total)`` may raise to cancel. Dense experts are
+        quantised on ``device``.
+        """
+        quantize = ExpertQuantizer(device)
+        load_into(
+            encoder,
+            self.checkpoint,
+            self.layout.table,
+            dtype,
+            structure=GptOssEncoder(self.config, device="meta"),
+            unused=ENCODER_UNUSED,
+            parts=encoder_parts(self.layout, self.config, quantize),
+            on_tensor=on_tensor,
+        )
+        if quantize.largest_error:
+            log.warning(
+                "%s holds experts that are not MXFP4: quantising them changed values by up to %.1f %% of "
+                "the largest in their block of 32. Prefer a file with GPT-OSS-20B's own MXFP4 experts.",
+                self.name,
+                100 * quantize.largest_error,
+            )
+
+    def _places(self) -> list[Path]:
+        """Folders, or files, to look for a tokenizer.json in, in this order."""
+        folder = self.path if self.path.is_dir() else self.path.parent
+        beside = (folder, folder / "tokenizer", folder.parent / "tokenizer", folder.parent)
+        return list(dict.fromkeys((*beside, *self.tokenizer_places)))
+
+
+def _open(path: Path) -> AnyCheckpoint:
+    """By content, not by name; a folder without safetensors may hold one GGUF."""
+    if path.is_dir() and not any(path.glob("*.safetensors*")):
+        found = sorted(path.glob("*.gguf"))
+        path = found[0] if len(found) == 1 else path
+    return GgufCheckpoint(path) if is_gguf(path) else open_checkpoint(path)
