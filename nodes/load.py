@@ -89,8 +89,8 @@ class LensEncoderLoader(io.ComfyNode):
                     default="auto",
                     optional=True,
                     tooltip=(
-                        "auto: as many layers on the GPU as fit, the others streamed while encoding. gpu: all "
-                        "of them, 11.5 GB. stream: none, 1.1 GB while encoding. cpu: no GPU, about 20 s."
+                        "auto: as many layers on the GPU as fit, the others streamed while encoding. gpu: "
+                        "all, 11.5 GB. stream: none, 1.1 GB while encoding. cpu: no GPU, about 20 s."
                     ),
                 ),
                 io.Combo.Input(

@@ -7,9 +7,9 @@ either model. One prompt needs no padding, so there is no attention mask.
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
+import comfy.hooks
 import comfy.model_management
 import comfy.sd
 import torch
@@ -111,6 +111,14 @@ def _ids(tokens: dict[str, list]) -> tuple[int, ...]:
 class LensClip(comfy.sd.CLIP):
     """A CLIP that loads its model only for prompts whose features it does not remember."""
 
+    def __init__(self, patcher: EncoderPatcher, tokenizer: HostTokenizer) -> None:
+        """The attributes that CLIP's own constructor sets, without the patcher that it would make."""
+        super().__init__(no_init=True)
+        self.patcher, self.cond_stage_model, self.tokenizer = patcher, patcher.model, tokenizer
+        self.layer_idx = self.apply_hooks_to_conds = None
+        self.tokenizer_options: dict[str, Any] = {}
+        self.use_clip_schedule = False
+
     def load_model(self, tokens: dict[str, list] | None = None) -> EncoderPatcher:
         """As CLIP's; without tokens the model is loaded in any case (to be saved, for example)."""
         if tokens and self.cond_stage_model.remembers(tokens):
@@ -119,7 +127,7 @@ class LensClip(comfy.sd.CLIP):
 
     def clone(self, disable_dynamic: bool = False) -> LensClip:
         """A CLIP of this class over the same model: ComfyUI's own clone makes a plain one."""
-        copy = LensClip(no_init=True)
+        copy = LensClip(self.patcher, self.tokenizer)
         copy.__dict__.update(super().clone(disable_dynamic).__dict__)
         return copy
 
@@ -131,29 +139,17 @@ def load_clip(path: Path, *, placement: str = "auto", dense: bool = False, remem
     features on disk.
     """
     management = comfy.model_management
-    offload = management.text_encoder_offload_device()
     device = torch.device("cpu") if placement == "cpu" else management.text_encoder_device()
     # Weights stay in bf16 and 4 bits; where bf16 arithmetic is slow or absent they are cast in use.
     compute = torch.bfloat16 if management.should_use_bf16(device) else torch.float32
     file = open_encoder(path, tokenizer_places())
+    tokenizer = HostTokenizer(file.tokenizer)
     text = TextEncoder(file, compute, dense=dense, features=feature_cache() if remember else None)
-    target = SimpleNamespace(
-        params={},
-        clip=lambda **_: LensClipModel(text, placement),
-        tokenizer=lambda **_: HostTokenizer(file.tokenizer),
-    )
-    options = {
-        "dtype": torch.bfloat16,
-        "load_device": device,
-        "offload_device": offload,
-        "initial_device": offload,
-    }
-    clip = LensClip(target, model_options=options, disable_dynamic=True)
-    plain = clip.patcher
-    clip.patcher = EncoderPatcher(clip.cond_stage_model, plain.load_device, plain.offload_device)
-    clip.patcher.is_clip, clip.patcher.hook_mode = plain.is_clip, plain.hook_mode
-    clip.patcher.cached_patcher_init = (_load_patcher, (path, placement, dense, remember))
-    return clip
+    model = LensClipModel(text, placement)
+    patcher = EncoderPatcher(model, device, management.text_encoder_offload_device())
+    patcher.is_clip, patcher.hook_mode = True, comfy.hooks.EnumHookMode.MinVram
+    patcher.cached_patcher_init = (_load_patcher, (path, placement, dense, remember))
+    return LensClip(patcher, tokenizer)
 
 
 def _load_patcher(
