@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from functools import partial
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from .config import CAPTURED_LAYERS
+from .config import CAPTURED_LAYERS, EncoderConfig
 from .encoder import GptOssEncoder, GptOssLayer, PackedExperts, PrefixCache, encode_prompts
 from .encoder_file import EncoderFile
 from .feature_cache import FeatureCache, feature_key
@@ -42,11 +43,14 @@ class TextEncoder:
         features: FeatureCache | None = None,
     ) -> None:
         self.file, self.dtype, self.dense, self.cache = file, dtype, dense, features
-        self.model = GptOssEncoder(file.config, CastingOperations, torch.bfloat16, device="meta").eval()
+        config = file.config
+        self.model = GptOssEncoder(config, CastingOperations, torch.bfloat16, device="meta").eval()
         self.prefix = PrefixCache()
-        layers = [cast(GptOssLayer, layer) for layer in self.model.layers]
         self.layers = LayerStore(
-            layers, self._empty_layer, self._dequantised if dense else None, self._dense_size(layers[0])
+            list(self.model.layers),
+            partial(_empty_layer, config),
+            partial(_dequantised, dtype) if dense else None,
+            _dense_size(config, dtype) if dense else None,
         )
         self.is_read = False
 
@@ -106,21 +110,23 @@ class TextEncoder:
         precision = f"{self.file.config.expert_format} {self.dtype} {'dense' if self.dense else 'packed'}"
         return feature_key(self.file.identity, precision, ids, CAPTURED_LAYERS)
 
-    def _empty_layer(self) -> nn.Module:
-        return GptOssLayer(self.file.config, CastingOperations, dtype=torch.bfloat16, device="meta")
 
-    def _dense_size(self, layer: GptOssLayer) -> int | None:
-        """Bytes of a dequantised layer; None where they stay packed."""
-        if not self.dense:
-            return None
-        config = self.file.config
-        weights = 3 * config.num_local_experts * config.hidden_size * config.intermediate_size
-        packed = sum(buffer.nbytes for buffer in layer.mlp.experts.buffers())
-        return Layout.of(layer).size - packed + weights * self.dtype.itemsize
+# Functions of what they need, not methods: the layer store keeps them, and must not keep the encoder.
+def _empty_layer(config: EncoderConfig) -> GptOssLayer:
+    return GptOssLayer(config, CastingOperations, dtype=torch.bfloat16, device="meta")
 
-    def _dequantised(self, layer: nn.Module) -> nn.Module:
-        """A resident layer with dense experts, none of its tensors in the packed layer's memory."""
-        layer = cast(GptOssLayer, layer)
-        others = {k: v.clone() for k, v in layer.state_dict().items() if ".experts." not in k}
-        layer.mlp.experts = cast(PackedExperts, layer.mlp.experts).dense(self.dtype)
-        return assign(layer, {**layer.state_dict(), **others})
+
+def _dense_size(config: EncoderConfig, dtype: torch.dtype) -> int:
+    """Bytes of a layer with dequantised experts."""
+    layer = _empty_layer(config)
+    packed = sum(buffer.nbytes for buffer in layer.mlp.experts.buffers())
+    weights = 3 * config.num_local_experts * config.hidden_size * config.intermediate_size
+    return Layout.of(layer).size - packed + weights * dtype.itemsize
+
+
+def _dequantised(dtype: torch.dtype, layer: nn.Module) -> nn.Module:
+    """A resident layer with dense experts, none of its tensors in the packed layer's memory."""
+    layer = cast(GptOssLayer, layer)
+    others = {k: v.clone() for k, v in layer.state_dict().items() if ".experts." not in k}
+    layer.mlp.experts = cast(PackedExperts, layer.mlp.experts).dense(dtype)
+    return assign(layer, {**layer.state_dict(), **others})

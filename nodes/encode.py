@@ -73,7 +73,7 @@ class LensTextEncode(io.ComfyNode):
     def execute(
         cls, clip, prompt: str, negative: str = "", extended: bool = False, template_date: str = "pinned"
     ) -> io.NodeOutput:
-        date, node_id = date_of(template_date), cls.hidden.unique_id
+        date, node_id = date_of(template_date), getattr(cls.hidden, "unique_id", None)
         pair = encode_pair(clip, prompt, negative, extended=extended, date=date, node_id=node_id)
         return io.NodeOutput(*pair)
 
@@ -101,5 +101,5 @@ class LensClearFeatureCache(io.ComfyNode):
 
     @classmethod
     def execute(cls) -> io.NodeOutput:
-        say(clear_features(), cls.hidden.unique_id)
+        say(clear_features(), getattr(cls.hidden, "unique_id", None))
         return io.NodeOutput()

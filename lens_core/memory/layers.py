@@ -24,6 +24,8 @@ OnLayer = Callable[[int, int], None]
 # RAM that page-locked copies leave to everything else.
 _RAM_RESERVE = 4 << 30
 _BUFFERS = 2
+# Where the masters lie.
+_HOME = torch.device("cpu")
 
 
 class LayerStore:
@@ -95,7 +97,7 @@ class LayerStore:
 
     def on(self, device: torch.device) -> Iterator[nn.Module]:
         """The layers in order, ready to run on ``device``: each valid until the next is asked for."""
-        if device.type != "cuda":
+        if device == _HOME:
             return iter(self.masters)
         if device != self.device:
             self.unload()
@@ -114,11 +116,11 @@ class LayerStore:
     def _placed(self, index: int, device: torch.device) -> nn.Module:
         layout = self.layouts[index]
         flat = torch.empty(layout.size, dtype=torch.uint8, device=device)
-        self._copy(index, flat)
+        self.copy(index, flat)
         layer = assign(self.skeleton(), layout.views(flat))
         return layer if self.convert is None else self.convert(layer)
 
-    def _copy(self, index: int, flat: Tensor) -> None:
+    def copy(self, index: int, flat: Tensor) -> None:
         """A master's bytes to ``flat`` on the GPU: one copy if page-locked, else tensor by tensor."""
         locked = self._locked.get(index)
         if locked is not None:
@@ -152,7 +154,8 @@ class LayerStore:
         streamed = [index for index in range(len(self.masters)) if index not in self._resident]
         if streamed and self.convert is not None:
             raise RuntimeError("dequantised layers cannot be streamed")
-        self._lock(streamed)
+        if device.type == "cuda":
+            self._lock(streamed)
         stream = _Stream(self, streamed, device)
         try:
             for index in range(len(self.masters)):
@@ -162,41 +165,41 @@ class LayerStore:
 
 
 class _Stream:
-    """One run's buffers: ``take`` waits for a layer's copy and, once the layer before has been issued,
-    starts the copy after it."""
+    """One run's buffers. ``take`` starts the copy after next, into the buffer that the layer before has just
+    left, and hands out the layer whose copy is due. Only CUDA copies aside; elsewhere copies are in line."""
 
     def __init__(self, store: LayerStore, order: Sequence[int], device: torch.device) -> None:
         self.store, self.order, self.device = store, order, device
-        self.next = 0
+        self.started = 0
         self.copied: dict[int, torch.cuda.Event] = {}
-        if not order:
-            return
-        size = max(store.layouts[index].size for index in order)
-        self.side = torch.cuda.Stream(device)
-        self.flats = [torch.empty(size, dtype=torch.uint8, device=device) for _ in order[:_BUFFERS]]
-        self.shell = store.skeleton()
-        for _ in order[:_BUFFERS]:
-            self._prefetch()
+        self.side = torch.cuda.Stream(device) if order and device.type == "cuda" else None
+        if order:
+            size = max(store.layouts[index].size for index in order)
+            self.shell = store.skeleton()
+            self.flats = [torch.empty(size, dtype=torch.uint8, device=device) for _ in order[:_BUFFERS]]
 
     def take(self, index: int) -> nn.Module:
-        """The layer, once its bytes are there."""
+        """The layer, once its bytes are there; the layer taken before has been issued by now."""
         position = self.order.index(index)
-        # Everything issued so far used the buffer that the layer after next will be copied into.
-        while position > 0 and self.next < min(position + _BUFFERS, len(self.order)):
-            self._prefetch()
-        torch.cuda.current_stream(self.device).wait_event(self.copied.pop(position))
-        flat = self.flats[position % _BUFFERS]
-        return assign(self.shell, self.store.layouts[index].views(flat))
+        while self.started < min(position + _BUFFERS, len(self.order)):
+            self._start(self.started)
+            self.started += 1
+        if self.side is not None:
+            torch.cuda.current_stream(self.device).wait_event(self.copied.pop(position))
+        return assign(self.shell, self.store.layouts[index].views(self.flats[position % _BUFFERS]))
 
-    def _prefetch(self) -> None:
-        position = self.next
-        self.next += 1
+    def _start(self, position: int) -> None:
+        flat = self.flats[position % _BUFFERS]
+        if self.side is None:
+            self.store.copy(self.order[position], flat)
+            return
+        # Everything issued so far may still read what is about to be overwritten.
         self.side.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.side):
-            self.store._copy(self.order[position], self.flats[position % _BUFFERS])
+            self.store.copy(self.order[position], flat)
             self.copied[position] = self.side.record_event()
 
     def close(self) -> None:
         """Wait for copies under way: their buffers are about to go."""
-        if self.order:
+        if self.side is not None:
             self.side.synchronize()

@@ -68,6 +68,7 @@ class LensClipModel(nn.Module):
         super().__init__()
         self.transformer = text.model
         self.text, self.placement = text, placement
+        self.on_cpu = False  # loaded, and the load device is the CPU
         self.dtypes = {text.dtype}
         self.execution_device: torch.device | None = None
         self._found: dict[tuple[int, ...], Tensor] = {}

@@ -31,8 +31,8 @@ class EncoderPatcher(comfy.model_patcher.ModelPatcher):
         return self.model.text.total
 
     def loaded_size(self) -> int:
-        """Bytes on the GPU now."""
-        return self.model.text.layers.loaded
+        """Bytes on the device now; all of them once loaded where that is the CPU."""
+        return self.model_size() if self.model.on_cpu else self.model.text.layers.loaded
 
     def add_patches(self, patches: dict, strength_patch: float = 1.0, strength_model: float = 1.0) -> list:
         """Packed weights take no patches, and no LoRA for Lens' encoder exists; said once per LoRA."""
@@ -53,7 +53,8 @@ class EncoderPatcher(comfy.model_patcher.ModelPatcher):
         text, device = self.model.text, torch.device(device_to)
         text.read(on_progress())
         self.model.device = device
-        if device.type != "cuda":
+        self.model.on_cpu = device.type == "cpu"
+        if self.model.on_cpu:
             return
         budget = self._budget(math.inf if full_load else lowvram_model_memory)
         try:
@@ -108,4 +109,5 @@ class EncoderPatcher(comfy.model_patcher.ModelPatcher):
         """Leave the GPU."""
         if unpatch_weights:
             self.model.text.unload()
+            self.model.on_cpu = False
             self.model.device = self.offload_device if device_to is None else device_to

@@ -71,6 +71,7 @@ def host(tiny_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Host:
         (folder_paths.set_output_directory, "output"),
         (folder_paths.set_temp_directory, "temp"),
         (folder_paths.set_input_directory, "input"),
+        (folder_paths.set_user_directory, "user"),
     ):
         (base / name).mkdir()
         set_folder(str(base / name))
@@ -104,7 +105,9 @@ def own_models(host: Host, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _load_tiny(host: Host) -> tuple[Any, Any, Any]:
     model, *_ = host.run("LensModelLoader", model_name="Lens-tiny", dtype="float32")
-    (clip,) = host.run("LensEncoderLoader", encoder_name="gpt_oss_tiny_mxfp4.safetensors")
+    (clip,) = host.run(
+        "LensEncoderLoader", encoder_name="gpt_oss_tiny_mxfp4.safetensors", feature_cache=False
+    )
     (vae,) = host.run("LensVAELoader", vae_name="flux2_tiny_vae.safetensors")
     return model, clip, vae
 
