@@ -40,23 +40,31 @@ CONFIG = EncoderConfig()
 DEVICE = torch.device("cuda")
 PREFIX = 97
 TOKENS = (12, 42, 99, 172, 269, 415)
-# Random codes have a mean square of 8.56; these exponents make matrices of about 1 / sqrt(2880).
-_SCALES = (119, 121)
+# e8m0 bytes that make random codes (mean square 8.56) matrices of about 1 / sqrt(2880), and an eighth.
+_SCALES, _SMALL_SCALES = (119, 121), (116, 118)
 
 
 def random_mxfp4(config: EncoderConfig, generator: torch.Generator) -> dict[str, Tensor]:
-    """An encoder's tensors under Hugging Face's names, on the CPU."""
+    """An encoder's tensors under Hugging Face's names, on the CPU.
+
+    Initialised as GPT-2 was: what writes into the residual stream is smaller by the root of the number of
+    layers' updates, so that the stream grows slowly, as in a trained model. (Were every update as large as
+    the stream, each layer would amplify the rounding of the one before, in any implementation.)
+    """
+    updates = math.sqrt(2 * config.num_hidden_layers)
     tensors = {}
     for name, like in GptOssEncoder(config, device="meta").state_dict().items():
+        writes = "o_proj" in name or "down_proj" in name
         if like.dtype == torch.uint8:
-            low, high = (0, 256) if name.endswith("_blocks") else _SCALES
-            tensor = torch.randint(
-                low, high, like.shape, generator=generator, device=DEVICE, dtype=torch.uint8
-            )
+            low, high = _SMALL_SCALES if writes else _SCALES
+            low, high = (0, 256) if name.endswith("_blocks") else (low, high)
+            random = {"generator": generator, "device": DEVICE, "dtype": torch.uint8}
+            tensor = torch.randint(low, high, like.shape, **random)
         else:
             noise = torch.randn(like.shape, generator=generator, device=DEVICE)
-            small = like.ndim == 1 or name.endswith("bias")
-            noise *= 0.1 if small else 1 / math.sqrt(like.shape[-1])
+            if "embed_tokens" not in name:
+                small = like.ndim == 1 or name.endswith("bias")
+                noise *= (0.1 if small else 1 / math.sqrt(like.shape[-1])) / (updates if writes else 1)
             tensor = (noise + name.endswith("layernorm.weight")).bfloat16()
         tensors[f"model.{name}"] = tensor.cpu()
     text = tiny_tokenizer().to_str().encode()
@@ -206,13 +214,15 @@ def transformers_bf16() -> dict[str, Any]:
     from transformers import GptOssConfig, GptOssModel
 
     start = torch.cuda.memory_allocated()
+    # Its defaults are the 120B model's.
+    config = GptOssConfig(num_hidden_layers=24, num_local_experts=32)
     with torch.device("meta"):
-        model = GptOssModel(GptOssConfig()).bfloat16()
+        model = GptOssModel(config).bfloat16()
     model = model.to_empty(device=DEVICE).eval()
     for name, parameter in model.named_parameters():
         scale = 0.1 if parameter.ndim == 1 or "bias" in name else 1 / math.sqrt(2880)
         parameter.data.normal_(0, scale)
-    model.rotary_emb = type(model.rotary_emb)(GptOssConfig()).to(DEVICE)
+    model.rotary_emb = type(model.rotary_emb)(config).to(DEVICE)
     kept: list[Tensor] = []
     for index in CAPTURED_LAYERS:
         model.layers[index].register_forward_hook(lambda _, __, out: kept.append(out))
