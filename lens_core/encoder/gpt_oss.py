@@ -38,16 +38,22 @@ class GptOssLayer(nn.Module):
         self.mlp = MixtureOfExperts(config, operations, **place)
 
     def forward(
-        self, x: Tensor, plan: AttentionPlan, past: Tensor | None, sliding: bool, kernels: Kernels
-    ) -> tuple[Tensor, Tensor]:
-        """Residual stream x fp32 [T, H] -> the same after this layer, and the prefix's keys and values."""
+        self,
+        x: Tensor,
+        pending: Tensor | None,
+        plan: AttentionPlan,
+        past: Tensor | None,
+        sliding: bool,
+        kernels: Kernels,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Residual stream x fp32 [T, H] and what is still to be added to it [T, K, H], which happens with
+        the next norm -> the same after this layer, and the prefix's keys and values."""
         norm = self.input_layernorm
-        _, y = kernels.add_norm(x, None, norm.weight, norm.eps, plan.dtype)
+        x, y = kernels.add_norm(x, pending, norm.weight, norm.eps, plan.dtype)
         update, past = self.self_attn(y, plan, past, sliding, kernels)
         norm = self.post_attention_layernorm
         x, y = kernels.add_norm(x, update.unsqueeze(1), norm.weight, norm.eps, plan.dtype)
-        x, _ = kernels.add_norm(x, self.mlp(y, kernels), None, norm.eps, plan.dtype)
-        return x, past
+        return x, self.mlp(y, kernels), past
 
 
 class GptOssEncoder(nn.Module):
@@ -100,12 +106,15 @@ class GptOssEncoder(nn.Module):
         rows = self.embed_tokens(packing.ids.to(self.embed_tokens.weight.device))
         x = rows.to(plan.device, torch.float32)
         last = max(captured)
+        pending: Tensor | None = None
         features, prefix = [], []
         for index, layer in enumerate(self.layers if layers is None else layers):
             before = None if past is None else past[index]
-            x, keys = layer(x, plan, before, self.config.is_sliding(index), kernels)
+            x, pending, keys = layer(x, pending, plan, before, self.config.is_sliding(index), kernels)
             prefix.append(keys)
             if index in captured:
+                x, _ = kernels.add_norm(x, pending, None, 0.0, plan.dtype)
+                pending = None
                 features.append(x.to(plan.dtype))
             if on_layer is not None:
                 on_layer(index + 1, last + 1)

@@ -187,10 +187,9 @@ def test_compiled_attention_and_norms_equal_the_definition(cold: bool):
 
 def test_features_with_values_as_in_the_trained_model(text: TextEncoder, monkeypatch: pytest.MonkeyPatch):
     """A few channels of the stream reach 1e4 there: their rounding must not drown the others'."""
-    embedding = text.model.embed_tokens.weight
-    massive = embedding.clone()
+    massive = text.model.embed_tokens.weight.clone()
     massive[:, [5, 700, 2222]] *= 3000
-    monkeypatch.setattr(text.model.embed_tokens, "weight", torch.nn.Parameter(massive, requires_grad=False))
+    monkeypatch.setitem(text.model._modules, "embed_tokens", torch.nn.Embedding.from_pretrained(massive))
     seen: list[Tensor] = []
     with routes(monkeypatch, seen, None):
         (got,) = encode(text, 172)

@@ -151,8 +151,8 @@ def tile_rows(pairs: int, count: int) -> int:
 
 
 def planes(x: Tensor) -> Tensor:
-    """[..., K] in the kernels' order: elements 0, 4, 8, ... first, then 1, 5, 9, ..., and so on."""
-    return x.unflatten(-1, (-1, 4)).transpose(-1, -2).flatten(-2).contiguous()
+    """x [T, K] in the kernels' order: elements 0, 4, 8, ... first, then 1, 5, 9, ..., and so on."""
+    return x.view(len(x), -1, 4).transpose(1, 2).reshape(x.shape)
 
 
 def _sorted(chosen: Tensor, count: int) -> tuple[Tensor, Tensor]:
