@@ -27,7 +27,7 @@ DTYPES: dict[str, torch.dtype] = {
     "U8": torch.uint8,
 }
 _INTEGERS = frozenset(("BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"))
-PIECE = 32 * 2**20
+_PIECE = 4 * 2**20
 
 
 @dataclass(frozen=True)
@@ -69,9 +69,9 @@ class TensorInfo:
         return raw.view(-1).view(dtype).view(raw.shape[0], *self.shape[1:])
 
     def pieces(self) -> Iterator[tuple[int, int]]:
-        """(start, stop) of pieces of about 32 MiB along the first dimension."""
+        """(start, stop) of pieces of about 4 MiB along the first dimension."""
         rows = self.shape[0] if self.shape else 1
-        step = max(1, PIECE * rows // max(self.nbytes, 1))
+        step = max(1, _PIECE * rows // max(self.nbytes, 1))
         return ((start, min(start + step, rows)) for start in range(0, rows, step))
 
 
