@@ -147,7 +147,7 @@ def write_gguf(
 
     writer = gguf.GGUFWriter(str(path), architecture)
     if tokenizer is not None:
-        _add_tokenizer(writer, tokenizer, len(weights["model.embed_tokens.weight"]))
+        add_tokenizer(writer, tokenizer, len(weights["model.embed_tokens.weight"]))
     for name, tensor in others(weights).items():
         key = _gguf_name(name)
         if ".mlp.experts.gate_up_proj_bias" in name:
@@ -201,7 +201,7 @@ def _gguf_name(name: str) -> str:
     return re.sub(r"mlp\.experts\.(\w+)_proj[._](bias|weight)", r"ffn_\1_exps.\2", name)
 
 
-def _add_tokenizer(writer, tokenizer: dict, rows: int) -> None:
+def add_tokenizer(writer, tokenizer: dict, rows: int) -> None:
     """As llama.cpp's converter: every row of the embedding is a token, control ones are type 3, and
     rows that no token has are named [PADn], of type 5."""
     vocabulary = {**tokenizer["model"]["vocab"]}

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..config import CAPTURED_LAYERS, LENS, LENS_TURBO, EncoderConfig, Variant
 from . import models
+from .comfy import to_comfy_nvfp4
 from .tokenizer import tiny_tokenizer, tokenizer_config
 
 Weights = dict[str, Tensor]
@@ -40,6 +41,8 @@ def write_everything(out: Path, seed: int) -> list[Path]:
     embedded = torch.tensor(list(tokenizer.encode()), dtype=torch.uint8)
     with_tokenizer = {**encoder, "tokenizer_json": embedded}
     written.tensors("text_encoders/gpt_oss_tiny_mxfp4.safetensors", with_tokenizer)
+    comfy = {**to_comfy_nvfp4(encoder), "tokenizer_json": embedded}
+    written.tensors("text_encoders/gpt_oss_tiny_nvfp4.safetensors", comfy)
     written.tensors("vae/flux2_tiny_vae.safetensors", _to_ldm(vae))
     return written.files
 

@@ -20,6 +20,7 @@ from .tensor_info import TensorInfo
 DENSE = ("BF16", "F16", "F32")
 _ROW_TILE, _COLUMN_TILE = 128, 4
 _GGUF_BLOCK = 17
+_LOW_NIBBLES = 0x0F0F0F0F0F0F0F0F
 Shape3 = tuple[int, int, int]
 
 
@@ -165,9 +166,11 @@ def _gguf_expert(info: TensorInfo, expert: int, quantize: ExpertQuantizer) -> tu
     if info.dtype != "MXFP4":
         return quantize(info.values(expert, expert + 1)[0])
     raw = info.bytes(expert, expert + 1).view(info.shape[1], -1, _GGUF_BLOCK)
-    packed = raw[..., 1:]
-    codes = torch.cat([packed & 15, packed >> 4], dim=-1)
-    return mxfp4.pack(codes), raw[..., 0]
+    # Eight bytes at a time: codes 0..15 from the low nibbles, 16..31 from the high ones; then each two
+    # neighbours become one byte, the lower of the 16 bits that they fill.
+    words = raw[..., 1:].contiguous().view(torch.int64)
+    codes = torch.stack([words & _LOW_NIBBLES, (words >> 4) & _LOW_NIBBLES], dim=-2).view(torch.int16)
+    return (codes | (codes >> 4)).to(torch.uint8).flatten(-2), raw[..., 0]
 
 
 def _empty(shape: Shape3) -> tuple[Tensor, Tensor]:

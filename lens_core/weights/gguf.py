@@ -23,6 +23,7 @@ MAGIC = b"GGUF"
 _STRING, _ARRAY = 8, 9
 # struct codes of GGUF's value types; 8 is a string and 9 an array.
 _SCALARS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
+_MOST_DIMENSIONS = 8
 _LENGTH = struct.Struct("<Q")
 
 
@@ -103,6 +104,8 @@ class _Parser:
         self.metadata = dict(self._entry() for _ in range(keys))
         rows = [self._tensor() for _ in range(count)]
         alignment = self.metadata.get("general.alignment", 32)
+        if not isinstance(alignment, int) or alignment < 1:
+            raise IndexError
         self.data_start = -(-self.at // alignment) * alignment
         self.tensors = {name: self._info(shape, kind, offset) for name, shape, kind, offset in rows}
         self._check_size()
@@ -149,7 +152,10 @@ class _Parser:
 
     def _tensor(self) -> tuple[str, tuple[int, ...], int, int]:
         name = self._string()
-        sizes = [self._scalar("Q") for _ in range(self._scalar("I"))]
+        dimensions = self._scalar("I")
+        if dimensions > _MOST_DIMENSIONS:
+            raise IndexError
+        sizes = [self._scalar("Q") for _ in range(dimensions)]
         return name, tuple(reversed(sizes)), self._scalar("I"), self._scalar("Q")
 
     def _info(self, shape: tuple[int, ...], kind: int, offset: int) -> TensorInfo:

@@ -36,9 +36,8 @@ class Checkpoint:
         self.paths = paths
         self.header: dict[str, TensorInfo] = {}
         self.metadata: dict[str, str] = {}
-        self._open = {path: _open_safetensors(path) for path in paths}
-        for path, file in self._open.items():
-            self.metadata.update(file.metadata() or {})
+        for path in paths:
+            self.metadata.update(_open_safetensors(path).metadata() or {})
             self.header.update(_tensors_of(path))
 
     @property
@@ -53,9 +52,10 @@ class Checkpoint:
         As stored it stays where the file is mapped; converted, it leaves nothing of the file behind.
         """
         info = self.header[name]
-        if dtype is None or not info.floating or DTYPES.get(info.dtype) in (dtype, None):
-            tensor = self._open[info.path].get_tensor(name)
-            return tensor if dtype is None or not info.floating else tensor.to(dtype)
+        if info.dtype not in DTYPES:  # one that torch may have and this program does not use
+            return _open_safetensors(info.path).get_tensor(name)
+        if dtype is None or not info.floating or DTYPES[info.dtype] == dtype:
+            return info.values().view(info.shape)
         return cast(info, dtype)
 
 

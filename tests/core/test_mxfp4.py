@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import Tensor
@@ -109,3 +111,61 @@ def test_quantize_of_zeros_is_zeros():
 def test_quantize_keeps_a_power_of_two_exact():
     weight = torch.tensor([2.0**-30, 0.25, 1.0, -8.0]).repeat_interleave(32)[None]
     assert torch.equal(dequantize(*quantize(weight), torch.float32), weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("scale", [7, 100, 127, 200, 252])
+def test_quantize_gives_back_every_block_that_was_mxfp4(scale: int, dtype: torch.dtype):
+    """Blocks of every largest code, among them those that get a smaller scale: no value changes."""
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    blocks = torch.randint(0, 256, (1, 800, 2, 16), dtype=torch.uint8)
+    for largest in range(8):  # 100 rows each: magnitudes up to this code, and at least one of it
+        part = blocks[0, 100 * largest : 100 * (largest + 1)]
+        codes = torch.stack([part & 15, part >> 4], -1)
+        codes = (codes & 8) | (codes & 7) % (largest + 1)
+        codes[..., 0, 0] = largest
+        part.copy_(codes[..., 0] | codes[..., 1] << 4)
+    scales = torch.full((1, 800, 2), scale, dtype=torch.uint8)
+    want = convert_moe_packed_tensors(blocks.clone(), scales.clone(), dtype=dtype).transpose(1, 2)
+    again, rescaled = quantize(want)
+    got = dequantize(again, rescaled, dtype)
+    assert torch.equal(got, want)
+    assert torch.equal(got.signbit(), want.signbit())
+    # Where the largest magnitude is 4 or 6 the rule chooses the same exponent, so the bytes are the same.
+    kept = slice(600, 800)
+    assert torch.equal(again[:, kept], blocks[:, kept])
+    assert torch.equal(rescaled[:, kept], scales[:, kept])
+
+
+def test_fp16_holds_the_scales_that_weights_have():
+    """fp16 files of MXFP4 weights are exact from 2^-14 to 2^2, GPT-OSS's range as far as is known."""
+    blocks, scales = random_packed(64, 8, 113, 129)
+    half = dequantize(blocks, scales, torch.float16)
+    assert torch.equal(half.float(), dequantize(blocks, scales, torch.float32))
+    assert torch.equal(dequantize(*quantize(half), torch.float16), half)
+
+
+def test_a_value_between_two_becomes_the_smaller_one():
+    between = [(a + b) / 2 for a, b in pairwise(MAGNITUDES)]
+    weight = torch.tensor([*between, *(-value for value in between), 4.0]).repeat(3)[:32]
+    weight[31] = 4.0
+    got = dequantize(*quantize(weight), torch.float32)
+    lower = [*MAGNITUDES[:-1], *(-m for m in MAGNITUDES[:-1]), 4.0]
+    want = torch.tensor(lower).repeat(3)[:32]
+    want[31] = 4.0
+    assert torch.equal(got, want)
+
+
+def test_the_exponent_is_exact_just_below_a_power_of_two():
+    weight = torch.full((1, 32), 8.0).nextafter(torch.tensor(0.0))
+    assert quantize(weight)[1].item() == 127
+    assert quantize(torch.full((1, 32), 8.0))[1].item() == 128
+
+
+def test_bytes_at_an_odd_place_are_unpacked_too():
+    raw = torch.randint(0, 256, (1 + 4 * 16,), dtype=torch.uint8)
+    blocks = raw[1:].view(1, 4, 16)
+    assert blocks.storage_offset() == 1
+    scales = torch.full((1, 4), 120, dtype=torch.uint8)
+    assert torch.equal(dequantize(blocks, scales, torch.float32).double(), literal(blocks, scales))

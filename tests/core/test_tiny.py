@@ -68,6 +68,7 @@ def test_every_layout_is_written(written: Path):
         "diffusion_models/lens_tiny_bf16.safetensors",
         "diffusion_models/lens_turbo_tiny_bf16.safetensors",
         "text_encoders/gpt_oss_tiny_mxfp4.safetensors",
+        "text_encoders/gpt_oss_tiny_nvfp4.safetensors",
         "vae/flux2_tiny_vae.safetensors",
     }
 
