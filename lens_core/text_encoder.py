@@ -127,6 +127,7 @@ def _dense_size(config: EncoderConfig, dtype: torch.dtype) -> int:
 def _dequantised(dtype: torch.dtype, layer: nn.Module) -> nn.Module:
     """A resident layer with dense experts, none of its tensors in the packed layer's memory."""
     layer = cast(GptOssLayer, layer)
-    others = {k: v.clone() for k, v in layer.state_dict().items() if ".experts." not in k}
     layer.mlp.experts = cast(PackedExperts, layer.mlp.experts).dense(dtype)
-    return assign(layer, {**layer.state_dict(), **others})
+    weights = ("experts.gate_up_proj", "experts.down_proj")
+    tensors = layer.state_dict()
+    return assign(layer, {k: v if k.endswith(weights) else v.clone() for k, v in tensors.items()})

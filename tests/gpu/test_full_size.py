@@ -16,11 +16,10 @@ import pytest
 import torch
 from PIL import Image
 
-from lens_core.encoder.attention import yarn_table
-from lens_core.loading import load_denoiser, load_encoder
+from lens_core.loading import load_denoiser
 from scripts.comfy_server import PACK, ComfyServer, error_of
 from scripts.workflow import set_input, to_prompt
-from tests.compare import per_token_l2, relative_l2
+from tests.compare import relative_l2
 
 pytestmark = pytest.mark.gpu
 DENOISER, ENCODER = "lens_turbo_bf16.safetensors", "gpt_oss_20b_mxfp4.safetensors"
@@ -73,35 +72,6 @@ def test_only_comfyui_rounds_a_thousand_sigma(full_models: Path, generator):
     ours see 812.5. The bounds lie far from both figures (0.019 and 0.15 measured)."""
     ours, theirs = bf16_offsets(full_models, generator, (64, 64), 200, 0.8125)
     assert ours < 0.04 < 0.08 < theirs
-
-
-def test_encoder_layers_in_bf16_against_fp32(full_models: Path):
-    """Layer by layer on the same input: over a whole run, random routers sit on so many near-ties that
-    rounding picks other experts, which says nothing about precision."""
-    low, tokenizer = load_encoder(full_models / "text_encoders" / ENCODER, torch.bfloat16)
-    low = low.cuda()
-    exact = copy.deepcopy(low).float()
-    inputs: list[torch.Tensor] = []
-    hooks = [
-        layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0])) for layer in exact.layers
-    ]
-    tokens = tokenizer("A lighthouse on a cliff, painted in gouache, with the word HOME above its door")
-    ids = torch.tensor([tokens.ids], device="cuda")
-    features = exact(ids, torch.float32)
-    for hook in hooks:
-        hook.remove()
-
-    rotary = yarn_table(low.config, ids.shape[1], ids.device)
-    for index, x in enumerate(inputs):
-        x = x.bfloat16()
-        update = low.layers[index](x, rotary).float() - x.float()
-        wanted = exact.layers[index](x.float(), rotary) - x.float()
-        off = per_token_l2(update, wanted).median().item()
-        print(f"layer {index}: median per-token L2 of its update {off:.1e}")
-        # A layer's result carries a handful of roundings of 2**-9 = 2e-3 each; the sum x + update is
-        # rounded too, and the update is several times smaller than x.
-        assert off < 3e-2
-    assert torch.isfinite(features).all()
 
 
 @pytest.mark.parametrize(
