@@ -56,7 +56,7 @@ class SinkAttention(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """x [T, H] -> [T, H], and the prefix's keys, rotated, and values [2, P, kv heads, D].
 
-        ``past`` are those from an earlier run; None where the prefix leads this batch.
+        ``past`` are those from an earlier run; None where this batch begins with the prefix.
         """
         q, k, v = (
             projection(x).unflatten(-1, (-1, self.head_dim))

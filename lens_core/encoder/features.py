@@ -13,7 +13,7 @@ from ..config import CAPTURED_LAYERS
 from ..kernels import AttentionPlan
 from .attention import yarn_table
 from .gpt_oss import GptOssEncoder, OnLayer
-from .packing import pack
+from .packing import Packing, pack
 
 
 class Layers(Protocol):
@@ -71,10 +71,14 @@ def encode_prompts(
     chosen = kernels.choose(device, dtype, encoder.experts[0].bank(), encoder.largest_scale())
     name = (tuple(prefix), dtype, chosen.name, tuple(captured))
     past = None if cache is None else cache.get(name, device)
-    packing = pack(prefix, tails, cold=past is None and len(prefix) > 0)
-    rotary = yarn_table(encoder.config, packing.positions.to(device))
-    window = encoder.config.sliding_window
-    plan = AttentionPlan(packing.blocks, packing.positions, rotary, len(prefix), window, dtype)
+
+    def planned(packing: Packing) -> tuple[Packing, AttentionPlan]:
+        rotary = yarn_table(encoder.config, packing.positions.to(device))
+        window = encoder.config.sliding_window
+        plan = AttentionPlan(packing.blocks, packing.positions, rotary, len(prefix), window, dtype)
+        return packing, plan
+
+    packing, plan = planned(pack(tails, after=len(prefix)))
     features, keys = encoder(
         packing,
         plan,
@@ -83,6 +87,7 @@ def encode_prompts(
         layers=None if layers is None else layers.on(device),
         captured=captured,
         on_layer=on_layer,
+        lead=planned(pack([prefix], after=0)) if past is None and prefix else None,
     )
     if cache is not None and past is None:
         cache.put(name, torch.stack(keys))

@@ -96,21 +96,26 @@ class GptOssEncoder(nn.Module):
         layers: Iterable[nn.Module] | None = None,
         captured: Sequence[int] = CAPTURED_LAYERS,
         on_layer: OnLayer | None = None,
+        lead: tuple[Packing, AttentionPlan] | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         """A packed batch -> features [T, L, H] in the plan's dtype, and each layer's prefix keys and values.
 
-        ``layers`` stand in for this module's own (the same tensors elsewhere). Rows of the embedding are
-        looked up where it lies. ``on_layer(done, total)`` is called after each layer; it may raise to
-        cancel.
+        ``past`` are those from an earlier run; where there was none, ``lead`` is the prefix, which takes
+        every layer just before the batch does: apart from it, or the batch would round otherwise than in
+        later runs. ``layers`` stand in for this module's own (the same tensors elsewhere). Rows of the
+        embedding are looked up where it lies. ``on_layer(done, total)`` is called after each layer; it may
+        raise to cancel.
         """
-        rows = self.embed_tokens(packing.ids.to(self.embed_tokens.weight.device))
-        x = rows.to(plan.device, torch.float32)
+        x, first = self._embed(packing, plan), None if lead is None else self._embed(*lead)
         last = max(captured)
         pending: Tensor | None = None
+        due: Tensor | None = None  # what is pending for the prefix
         features, prefix = [], []
         for index, layer in enumerate(self.layers if layers is None else layers):
-            before = None if past is None else past[index]
-            x, pending, keys = layer(x, pending, plan, before, self.config.is_sliding(index), kernels)
+            before, sliding = None if past is None else past[index], self.config.is_sliding(index)
+            if lead is not None:
+                first, due, before = layer(first, due, lead[1], None, sliding, kernels)
+            x, pending, keys = layer(x, pending, plan, before, sliding, kernels)
             prefix.append(keys)
             if index in captured:
                 x, _ = kernels.add_norm(x, pending, None, 0.0, plan.dtype)
@@ -121,3 +126,7 @@ class GptOssEncoder(nn.Module):
             if index == last:
                 break
         return torch.stack(features, dim=1), prefix
+
+    def _embed(self, packing: Packing, plan: AttentionPlan) -> Tensor:
+        rows = self.embed_tokens(packing.ids.to(self.embed_tokens.weight.device))
+        return rows.to(plan.device, torch.float32)

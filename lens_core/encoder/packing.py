@@ -1,9 +1,8 @@
 """Prompts without padding: which token of a packed batch stands where, and what it may look at.
 
 Every prompt's chat text begins with the same prefix, and attention is causal, so the prefix's keys and
-values are computed once and serve all prompts. Tokens of one batch are laid end to end: the prefix first
-if its keys and values are not known yet, then each prompt's own tokens, whose positions go on where the
-prefix ends.
+values are computed once and serve all prompts. A batch is each prompt's own tokens laid end to end, with
+positions that go on where the prefix ends; the prefix itself is a batch of its own.
 """
 
 from __future__ import annotations
@@ -22,40 +21,28 @@ _QUERIES = 512
 
 @dataclass(frozen=True)
 class Packing:
-    """A packed batch: token ids and absolute positions [T], and the attention's blocks.
-
-    ``prefix`` counts the constant prefix's tokens; ``cold`` says that they lead this batch.
-    """
+    """A packed batch: token ids and absolute positions [T], the attention's blocks, tokens per prompt."""
 
     ids: Tensor
     positions: Tensor
     blocks: tuple[Block, ...]
     lengths: tuple[int, ...]
-    prefix: int
-    cold: bool
 
     def unpack(self, x: Tensor) -> list[Tensor]:
-        """[T, ...] -> one tensor per prompt, without the prefix."""
-        own = x[self.prefix :] if self.cold else x
-        return list(own.split(list(self.lengths)))
+        """[T, ...] -> one tensor per prompt."""
+        return list(x.split(list(self.lengths)))
 
 
-def pack(prefix: Sequence[int], tails: Sequence[Sequence[int]], cold: bool) -> Packing:
-    """Lay ``tails`` (each prompt's tokens after ``prefix``) end to end, the prefix first where ``cold``."""
+def pack(tails: Sequence[Sequence[int]], after: int) -> Packing:
+    """Lay ``tails`` end to end, each one the tokens that follow ``after`` tokens of a common prefix."""
     ids: list[int] = []
     positions: list[int] = []
     blocks: list[Block] = []
-
-    def add(tokens: Sequence[int], position: int, after: bool) -> None:
-        first = len(ids)
-        ids.extend(tokens)
-        positions.extend(range(position, position + len(tokens)))
-        for start in range(first, len(ids), _QUERIES):
-            blocks.append(Block(first, start, min(start + _QUERIES, len(ids)), after))
-
-    if cold:
-        add(prefix, 0, after=False)
     for tail in tails:
-        add(tail, len(prefix), after=len(prefix) > 0)
+        first = len(ids)
+        ids.extend(tail)
+        positions.extend(range(after, after + len(tail)))
+        for start in range(first, len(ids), _QUERIES):
+            blocks.append(Block(first, start, min(start + _QUERIES, len(ids)), after > 0))
     lengths = tuple(len(tail) for tail in tails)
-    return Packing(torch.tensor(ids), torch.tensor(positions), tuple(blocks), lengths, len(prefix), cold)
+    return Packing(torch.tensor(ids), torch.tensor(positions), tuple(blocks), lengths)

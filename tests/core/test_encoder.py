@@ -187,7 +187,16 @@ def test_the_cached_prefix_is_kept_and_replaced(encoder: GptOssEncoder):
     cache, head = PrefixCache(), list(range(30))
     for first, dtype in ((0, torch.float32), (0, torch.float32), (1, torch.float32), (1, torch.bfloat16)):
         encode_prompts(encoder, [first, *head], [[1, 2, 3]], "cpu", dtype, cache=cache)
-    assert seen == [34, 3, 34, 34]
+    assert seen == [3, 31, 3, 3, 31, 3, 31]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_first_run_gives_the_same_bits_as_later_ones(encoder: GptOssEncoder, dtype: torch.dtype):
+    """A picture must not depend on whether another prompt was encoded before it."""
+    cache = PrefixCache()
+    head, tails = random_ids(encoder, 97)[0].tolist(), [random_ids(encoder, 40)[0].tolist()]
+    cold, warm = (encode_prompts(encoder, head, tails, "cpu", dtype, cache=cache)[0] for _ in range(2))
+    assert torch.equal(cold, warm)
 
 
 def test_the_prefixs_keys_take_five_megabytes_at_full_size():

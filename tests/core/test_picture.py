@@ -133,14 +133,14 @@ def test_denoiser_runs_per_step(pipeline: LensPipeline, cfg: float, forwards: in
 
 def test_the_encoder_runs_once_for_a_prompt_without_a_negative_one(pipeline: LensPipeline):
     calls = []
-    pipeline.encoder.register_forward_hook(lambda *_: calls.append(1))
+    pipeline.text.model.register_forward_hook(lambda *_: calls.append(1))
     pipeline(PROMPT, noise=pipeline.noise(3, 1, SIZE), size=SIZE, steps=1, cfg=5.0)
     assert len(calls) == 1
 
 
 def test_at_cfg_1_the_negative_prompt_is_not_encoded(pipeline: LensPipeline):
     calls = []
-    pipeline.encoder.register_forward_hook(lambda *_: calls.append(1))
+    pipeline.text.model.register_forward_hook(lambda *_: calls.append(1))
     noise = pipeline.noise(3, 1, SIZE)
     pipeline(PROMPT, noise=noise, size=SIZE, steps=1, cfg=1.0, negative="a green image")
     assert len(calls) == 1
