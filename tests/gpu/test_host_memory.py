@@ -30,6 +30,7 @@ def comfy():
     )
     sys.modules["lens_pack"] = importlib.util.module_from_spec(spec)
     clip = importlib.import_module("lens_pack.nodes.host.clip")
+    importlib.import_module("lens_pack.nodes.host.paths").register_folders()
     return SimpleNamespace(
         management=comfy.model_management, patcher=comfy.model_patcher.ModelPatcher, load_clip=clip.load_clip
     )
