@@ -59,15 +59,16 @@ class TextEncoder:
         """Bytes on the GPU with every layer resident; the embedding is never there."""
         return self.layers.total
 
-    def read(self, on_tensor: OnTensor | None = None) -> None:
-        """Read the file's tensors if that has not been done; most of them are only mapped."""
+    def read(self, on_tensor: OnTensor | None = None, device: torch.device | str = "cpu") -> None:
+        """Read the file's tensors if that has not been done; most of them are only mapped. Experts that a
+        file holds in 16 bits are packed on ``device``."""
         if not self.is_read:
-            self.file.load(self.model, torch.bfloat16, on_tensor)
+            self.file.load(self.model, torch.bfloat16, on_tensor, device=device)
             self.is_read = True
 
     def load(self, device: torch.device, budget: float, on_layer: OnLayer | None = None) -> int:
         """Make as many layers resident on a GPU as ``budget`` bytes hold; returns bytes added."""
-        self.read()
+        self.read(device=device)
         return self.layers.load(device, budget, on_layer)
 
     def unload(self, enough: float = float("inf")) -> int:
@@ -89,7 +90,7 @@ class TextEncoder:
 
         Runs where the layers lie: resident ones at once, the others streamed.
         """
-        self.read()
+        self.read(device=device)
         parts = [self.file.tokenizer.split(ids) for ids in prompts]
         results = encode_prompts(
             self.model,

@@ -51,7 +51,7 @@ class EncoderPatcher(comfy.model_patcher.ModelPatcher):
     ) -> None:
         """Make as many layers resident as ``lowvram_model_memory`` bytes hold; all if ``full_load``."""
         text, device = self.model.text, torch.device(device_to)
-        text.read(on_progress())
+        text.read(on_progress(), device)
         self.model.device = device
         self.model.on_cpu = device.type == "cpu"
         if self.model.on_cpu:

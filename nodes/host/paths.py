@@ -30,7 +30,7 @@ def choices(component: str) -> list[str]:
     """Combo options of a loader: single files, then folders."""
     files = folder_paths.get_filename_list(_HOST_FOLDER[component])
     singles = [name for name in files if not _SHARD.search(name)]
-    return singles + sorted(_folders(component))
+    return singles + sorted(_ggufs(component)) + sorted(_folders(component))
 
 
 def path_of(component: str, name: str) -> Path:
@@ -38,14 +38,14 @@ def path_of(component: str, name: str) -> Path:
     single = folder_paths.get_full_path(_HOST_FOLDER[component], name)
     if single is not None:
         return Path(single)
-    folder = _folders(component).get(name)
-    if folder is None:
+    found = {**_ggufs(component), **_folders(component)}.get(name)
+    if found is None:
         raise CheckpointError(
             f"There is no {component} {name!r}. Expected a file in models/{_HOST_FOLDER[component]} "
             f"or a Lens folder models/{LENS_FOLDER}/<name> with {SUBFOLDERS[component]}/ in it. "
             "Press R to refresh the list."
         )
-    return folder
+    return found
 
 
 def tokenizer_places() -> list[Path]:
@@ -54,6 +54,12 @@ def tokenizer_places() -> list[Path]:
     inside = [folder for root in encoders if root.is_dir() for folder in sorted(root.iterdir())]
     lens = _subfolders(LENS_FOLDER, "tokenizer/tokenizer.json").values()
     return [*encoders, *filter(Path.is_dir, inside), *(folder / "tokenizer" for folder in lens)]
+
+
+def _ggufs(component: str) -> dict[str, Path]:
+    """GGUF files, which ComfyUI's own list leaves out; only the encoder is read from them."""
+    roots = folder_paths.get_folder_paths(_HOST_FOLDER[component]) if component == "encoder" else []
+    return {path.relative_to(root).as_posix(): path for root in roots for path in Path(root).rglob("*.gguf")}
 
 
 def _folders(component: str) -> dict[str, Path]:
