@@ -7,6 +7,7 @@ command line passes ``torch.nn``. Attention is a plain callable for the same rea
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -15,6 +16,20 @@ from torch import Tensor, nn
 
 # A namespace with Linear, RMSNorm and Embedding, constructed like torch.nn's.
 Operations = Any
+
+
+def joined(tensors: Sequence[Tensor]) -> Tensor | None:
+    """Tensors [N_i, ...] that lie one behind the other in memory, as one [sum N_i, ...]; else None."""
+    first = tensors[0]
+    rows, end = 0, first.data_ptr()
+    for tensor in tensors:
+        if tensor.data_ptr() != end or tensor.dtype != first.dtype or tensor.shape[1:] != first.shape[1:]:
+            return None
+        rows, end = rows + len(tensor), end + tensor.nbytes
+    inside = first.untyped_storage()
+    if end > inside.data_ptr() + inside.nbytes():
+        return None  # neighbours by chance, in memory of their own
+    return first.as_strided((rows, *first.shape[1:]), first.stride())
 
 
 class _CastingLinear(nn.Linear):

@@ -6,12 +6,13 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import EncoderConfig
 from ..kernels import AttentionPlan, Kernels
 from ..kernels.eager import rotate_halves
-from ..ops import Operations
+from ..ops import Operations, joined
 
 
 def yarn_table(config: EncoderConfig, positions: Tensor) -> Tensor:
@@ -58,12 +59,22 @@ class SinkAttention(nn.Module):
 
         ``past`` are those from an earlier run; None where this batch begins with the prefix.
         """
-        q, k, v = (
-            projection(x).unflatten(-1, (-1, self.head_dim))
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        q, k, v = self._project(x)
         if past is None:
             count = plan.prefix
             past = torch.stack([rotate_halves(k[:count], plan.rotary[:, :count]), v[:count]])
         out = kernels.attention(q, k, v, past, self.sinks, plan, sliding)
         return self.o_proj(out.flatten(1)), past
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q [T, heads, D], k and v [T, kv heads, D]: one product where the weights are neighbours in memory,
+        as a layer store lays them and as OpenAI's own files have them."""
+        layers = (self.q_proj, self.k_proj, self.v_proj)
+        weight, bias = joined([layer.weight for layer in layers]), joined([layer.bias for layer in layers])
+        if weight is None or bias is None:
+            parts = [layer(x) for layer in layers]
+        else:
+            every = F.linear(x, weight.to(x.dtype), bias.to(x.dtype))
+            parts = every.split([len(layer.bias) for layer in layers], dim=-1)
+        q, k, v = (part.view(len(x), -1, self.head_dim) for part in parts)
+        return q, k, v

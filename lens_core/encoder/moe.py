@@ -59,9 +59,10 @@ class PackedExperts(nn.Module):
         return DenseExperts(self.bank(), dtype)
 
     def _matrices(self, name: str) -> PackedMatrices:
-        scale = getattr(self, f"{name}_scale", None)
-        blocks, scales, bias = (getattr(self, f"{name}_{part}") for part in ("blocks", "scales", "bias"))
-        return PackedMatrices(blocks, scales, scale, bias, self.format)
+        # Straight from the dicts: attribute look-up on modules is slow, and this runs in every layer.
+        buffers, bias = self._buffers, self._parameters[f"{name}_bias"]
+        blocks, scales, scale = (buffers.get(f"{name}_{part}") for part in ("blocks", "scales", "scale"))
+        return PackedMatrices(blocks, scales, scale, bias, self.format)  # type: ignore[arg-type]
 
 
 class DenseExperts(nn.Module):

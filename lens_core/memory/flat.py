@@ -20,9 +20,12 @@ class Layout:
 
     @classmethod
     def of(cls, module: nn.Module) -> Layout:
-        """The layout of a module's tensors, in its own order."""
+        """The layout of a module's tensors: all weights in the module's order, all biases, and so on, so
+        that matrices which are applied to the same input lie one behind the other."""
         entries, offset = [], 0
-        for name, tensor in module.state_dict().items():
+        state = module.state_dict()
+        for name in sorted(state, key=lambda name: name.rpartition(".")[2]):
+            tensor = state[name]
             entries.append((name, offset, tensor.shape, tensor.dtype))
             offset += -(-tensor.nbytes // _ALIGN) * _ALIGN
         return cls(tuple(entries), offset)

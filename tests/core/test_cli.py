@@ -333,10 +333,12 @@ def test_a_flag_reaches_the_encoder_and_the_picture_unless_it_changes_nothing(
     generate: Generate,
     chosen: list[EncoderOptions],
     monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
     flags: list[str],
     options: dict[str, Any],
     settings: dict[str, Any],
 ):
+    monkeypatch.chdir(tmp_path)  # one of the folders is relative
     monkeypatch.setattr(cli, "today", lambda: "2027-03-09")
     (path,) = generate(*ONE_STEP, "--prompt", "a", "--feature_cache", "off", *flags)
     assert chosen == [EncoderOptions(**options)]

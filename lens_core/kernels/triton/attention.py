@@ -44,12 +44,13 @@ def _step(
 
 @triton.jit
 def attention(
-    q, k, v, past, sinks, table, positions, tiles, out, scale, window,
+    q, k, v, past, sinks, table, positions, tiles, out, scale, window, q_stride, kv_stride,
     HEADS: tl.constexpr, SHARED: tl.constexpr, HALF: tl.constexpr, PREFIX: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """q, out [T, HEADS, D]; k, v [T, SHARED, D]; past [2, PREFIX, SHARED, D], rotated; tiles [n, 4]: first
-    key's token, first query's token, end, whether the prefix is seen; table [T, D]: cosines, then sines."""
+    """q, out [T, HEADS, D]; k, v [T, SHARED, D]; q's, and k's and v's, tokens at strides of their own; past
+    [2, PREFIX, SHARED, D], rotated; tiles [n, 4]: first key's token, first query's token, end, whether the
+    prefix is seen; table [T, D]: cosines, then sines."""
     D: tl.constexpr = 2 * HALF
     GROUP: tl.constexpr = HEADS // SHARED
     ROWS: tl.constexpr = GROUP * QUERIES
@@ -65,7 +66,7 @@ def attention(
     row_ok = token < stop
     column = tl.arange(0, HALF)[None, :]
     query_at = tl.load(positions + token, mask=row_ok, other=0)
-    q_at = q + (token * HEADS + head)[:, None] * D
+    q_at = q + (token * q_stride + head * D)[:, None]
     q1, q2 = _rotated(q_at, table + token[:, None] * D, row_ok[:, None], column, HALF)
     top = tl.load(sinks + head).to(tl.float32)
     total = tl.full((ROWS,), 1.0, tl.float32)
@@ -89,7 +90,7 @@ def attention(
     while begin < end:
         key = begin + lane
         key_ok = key < end
-        at = (key * SHARED + shared)[:, None] * D
+        at = (key * kv_stride + shared * D)[:, None]
         k1, k2 = _rotated(k + at, table + key[:, None] * D, key_ok[:, None], column, HALF)
         value = tl.load(v + at + wide, mask=key_ok[:, None], other=0)
         key_at = tl.load(positions + key, mask=key_ok, other=0)

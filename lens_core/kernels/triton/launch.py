@@ -77,7 +77,7 @@ def attention(
     """See ``eager.attention``."""
     (_, heads, dim), shared = q.shape, k.shape[1]
     tiles = plan.tiles(_QUERIES)
-    out = torch.empty_like(q)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     attention_kernels.attention[(len(tiles), shared)](
         q,
         k,
@@ -90,6 +90,8 @@ def attention(
         out,
         dim**-0.5,
         plan.window if sliding else 1 << 30,
+        q.stride(0),
+        k.stride(0),
         HEADS=heads,
         SHARED=shared,
         HALF=dim // 2,
