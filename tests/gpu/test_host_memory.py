@@ -73,7 +73,7 @@ def test_another_models_load_evicts_the_encoder(comfy, clip, monkeypatch: pytest
         assert clip.patcher.loaded_size() == clip.patcher.model_size()
         comfy.management.load_models_gpu([some])
         kept = clip.patcher.loaded_size()
-        assert 0 < kept < 5 << 30
+        assert 0 < kept < 7 << 30
         assert allocated() - before - some.loaded_size() < kept + (50 << 20)
         comfy.management.load_models_gpu([most])
         assert clip.patcher.loaded_size() == 0
