@@ -125,8 +125,8 @@ def _difference(device: torch.device, dtype: torch.dtype, format_name: str, expe
 
 
 def _queries_and_keys(normal: Callable[..., Tensor]) -> tuple:
-    """Arguments of attention: prompts of 60 and 40 tokens after a prefix, with the published model's heads, so
-    that what is compiled here serves there too."""
+    """Arguments of attention: prompts of 60 and 40 tokens after a prefix, with the published model's heads,
+    so that what is compiled here serves there too."""
     blocks = (Block(0, 0, 60, True), Block(60, 60, 100, True))
     positions = torch.cat([torch.arange(97, 157), torch.arange(97, 137)])
     q, k, v = normal(100, 64, 64), normal(100, 8, 64), normal(100, 8, 64)

@@ -1,4 +1,4 @@
-"""The definitions in plain PyTorch against fp64, and their two ways through the experts against each other."""
+"""The definitions in plain PyTorch against fp64, and their two ways through the experts compared."""
 
 from __future__ import annotations
 
