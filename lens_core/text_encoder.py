@@ -90,8 +90,10 @@ class TextEncoder:
 
         Runs where the layers lie: resident ones at once, the others streamed.
         """
-        self.read(device=device)
         parts = [self.file.tokenizer.split(ids) for ids in prompts]
+        if len({prefix for prefix, _ in parts}) != 1:
+            raise ValueError("prompts encoded together must be one or more, with the same prefix (date)")
+        self.read(device=device)
         results = encode_prompts(
             self.model,
             parts[0][0],

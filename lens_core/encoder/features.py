@@ -68,6 +68,8 @@ def encode_prompts(
     layers are if not in it.
     """
     device = torch.device(device)
+    if not any(tails):
+        return [no_features(encoder, len(captured), dtype).to(device) for _ in tails]
     chosen = kernels.choose(device, dtype, encoder.experts[0].bank(), encoder.largest_scale())
     name = (tuple(prefix), dtype, chosen.name, tuple(captured))
     past = None if cache is None else cache.get(name, device)

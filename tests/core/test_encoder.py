@@ -258,3 +258,15 @@ def test_repeated_runs_are_bitwise_equal(tiny_folder: Path, dtype: torch.dtype):
     encoder = load_encoder(tiny_folder, dtype)[0]
     ids = random_ids(encoder, 200)
     assert torch.equal(run(encoder, ids, dtype), run(encoder, ids, dtype))
+
+
+def test_a_prompt_of_nothing_among_others(encoder: GptOssEncoder):
+    empty, got = encode_prompts(encoder, [5, 6], [(), (1, 2, 3)], "cpu", torch.float32)
+    assert empty.shape == (1, 0, 4, encoder.config.hidden_size)
+    assert torch.equal(got, encode_prompts(encoder, [5, 6], [(1, 2, 3)], "cpu", torch.float32)[0])
+
+
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_prompts_of_nothing_alone(encoder: GptOssEncoder, count: int):
+    got = encode_prompts(encoder, [5, 6], [()] * count, "cpu", torch.float32)
+    assert [one.shape for one in got] == [(1, 0, 4, encoder.config.hidden_size)] * count
