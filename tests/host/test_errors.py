@@ -189,7 +189,7 @@ def load(host, folder: str, name: str):
         (
             "text_encoders",
             "text_model.encoder.layers.0.mlp.fc1.weight",
-            ["a CLIP text encoder", "expected a GPT-OSS encoder in MXFP4", "Choose"],
+            ["a CLIP text encoder", "expected a GPT-OSS encoder", "Choose"],
         ),
         (
             "vae",
