@@ -66,8 +66,8 @@ class LensTextEncode(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, template_date="pinned", **_):
-        """With today's date the features change at midnight."""
-        return date_of(template_date)
+        """With today's date the features change at midnight; a linked value (None here) may say today."""
+        return date_of(template_date or "today")
 
     @classmethod
     def execute(
@@ -98,6 +98,11 @@ class LensClearFeatureCache(io.ComfyNode):
             is_output_node=True,
             not_idempotent=True,
         )
+
+    @classmethod
+    def fingerprint_inputs(cls):
+        """Never the same: ComfyUI would skip it the second time, for it has no inputs that change."""
+        return float("nan")
 
     @classmethod
     def execute(cls) -> io.NodeOutput:

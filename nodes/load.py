@@ -7,6 +7,7 @@ from ..lens_core.config import PLACEMENTS
 from .host import paths
 from .host.clip import load_clip
 from .host.model import load_model
+from .host.settings import one_of
 from .host.vae import load_host_vae
 
 _CATEGORY = "Lens/loaders"
@@ -56,7 +57,8 @@ class LensModelLoader(io.ComfyNode):
 
     @classmethod
     def execute(cls, model_name: str, dtype: str) -> io.NodeOutput:
-        model, variant = load_model(paths.path_of("denoiser", model_name), _DTYPES[dtype])
+        held = _DTYPES[one_of("dtype", dtype, _DTYPES)]
+        model, variant = load_model(paths.path_of("denoiser", model_name), held)
         return io.NodeOutput(model, variant.steps, variant.cfg)
 
 
@@ -127,7 +129,7 @@ class LensEncoderLoader(io.ComfyNode):
         feature_cache: bool = True,
     ) -> io.NodeOutput:
         path = paths.path_of("encoder", encoder_name)
-        dense = experts == "bfloat16"
+        dense = one_of("experts", experts, _EXPERTS) == "bfloat16"
         return io.NodeOutput(load_clip(path, placement=placement, dense=dense, remember=feature_cache))
 
 

@@ -42,7 +42,8 @@ def _widget_values(node: dict[str, Any], info: dict[str, Any]) -> dict[str, Any]
             options = rest[0] if rest else {}
             if not (isinstance(kind, list) or kind in _WIDGETS) or options.get("forceInput"):
                 continue
-            result[name] = next(values)
+            # A file from before the node had this widget: the page takes its default.
+            result[name] = next(values, options.get("default"))
             if options.get("control_after_generate"):
                 next(values)
     return result

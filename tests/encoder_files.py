@@ -177,6 +177,19 @@ def write_gguf(
     writer.close()
 
 
+def write_plain_gguf(path: Path, architecture: str, weights: Weights) -> None:
+    """Any GGUF of Q8_0 or F32 tensors under these names."""
+    import gguf
+
+    writer = gguf.GGUFWriter(str(path), architecture)
+    for name, tensor in weights.items():
+        _add(writer, name, tensor.float().numpy(), "Q8_0" if tensor.shape[-1] % 32 == 0 else "F32")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
 def _add(writer, name: str, data: np.ndarray, kind: str) -> None:
     import gguf
 

@@ -6,6 +6,7 @@ either model. One prompt needs no padding, so there is no attention mask.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ import comfy.sd
 import torch
 from torch import Tensor, nn
 
-from ...lens_core.config import CAPTURED_LAYERS, TEMPLATE_DATE
+from ...lens_core.config import CAPTURED_LAYERS, PLACEMENTS, TEMPLATE_DATE
 from ...lens_core.encoder import no_features
+from ...lens_core.errors import SettingError
 from ...lens_core.loading import open_encoder
 from ...lens_core.prompt import PromptTokenizer
 from ...lens_core.text_encoder import TextEncoder
@@ -24,6 +26,7 @@ from .feature_cache import feature_cache
 from .patcher import EncoderPatcher
 from .paths import tokenizer_places
 from .progress import on_progress
+from .settings import one_of
 
 KEY = "gpt_oss"
 # Beside its layers, an encoding holds masks, activations and the experts' results: 0.2 GB at 512 tokens.
@@ -35,6 +38,8 @@ class HostTokenizer:
 
     def __init__(self, tokenizer: PromptTokenizer) -> None:
         self.tokenizer = tokenizer
+        # The node's report and CLIP ask for the same; a cut prompt is warned of once.
+        self.tokens = lru_cache(maxsize=4)(tokenizer)
 
     def tokenize_with_weights(
         self,
@@ -49,7 +54,7 @@ class HostTokenizer:
         user turn (the empty positive). Prompt weights in the text are not interpreted."""
         if not text.strip() and not keep_empty:
             return {KEY: [[]]}
-        return {KEY: [[(token, 1.0) for token in self.tokenizer(text, extended=extended, date=date).ids]]}
+        return {KEY: [[(token, 1.0) for token in self.tokens(text, extended=extended, date=date).ids]]}
 
     def decode(self, token_ids: list[int], skip_special_tokens: bool = True) -> str:
         """Text of token ids."""
@@ -78,8 +83,9 @@ class LensClipModel(nn.Module):
         self.execution_device = options.get("execution_device", self.execution_device)
 
     def reset_clip_options(self) -> None:
-        """Forget the device of the last run."""
+        """Forget the device of the last run, and features that it found."""
         self.execution_device = None
+        self._found = {}
 
     def memory_estimation_function(self, tokens: Any, device: torch.device | None = None) -> int:
         """Bytes that encoding takes beside the resident layers."""
@@ -95,7 +101,7 @@ class LensClipModel(nn.Module):
     def encode_token_weights(self, tokens: dict[str, list]) -> tuple[Tensor, None, dict[str, Any]]:
         """Features [1, S, L * H] of one prompt's tokens, on the device for intermediate results."""
         ids = _ids(tokens)
-        features = self._found.pop(ids, None)
+        features = self._found.get(ids)  # asked for more than once where hooks make a schedule
         if not ids:
             features = no_features(self.transformer, len(CAPTURED_LAYERS), self.text.dtype)
         elif features is None:
@@ -115,16 +121,31 @@ class LensClip(comfy.sd.CLIP):
     def __init__(self, patcher: EncoderPatcher, tokenizer: HostTokenizer) -> None:
         """The attributes that CLIP's own constructor sets, without the patcher that it would make."""
         super().__init__(no_init=True)
-        self.patcher, self.cond_stage_model, self.tokenizer = patcher, patcher.model, tokenizer
+        self.patcher, self.tokenizer = patcher, tokenizer
         self.layer_idx = self.apply_hooks_to_conds = None
         self.tokenizer_options: dict[str, Any] = {}
         self.use_clip_schedule = False
+
+    @property
+    def cond_stage_model(self) -> LensClipModel:
+        """The patcher's module: for another GPU, ComfyUI exchanges the patcher alone."""
+        return self.patcher.model
 
     def load_model(self, tokens: dict[str, list] | None = None) -> EncoderPatcher:
         """As CLIP's; without tokens the model is loaded in any case (to be saved, for example)."""
         if tokens and self.cond_stage_model.remembers(tokens):
             return self.patcher
         return super().load_model(tokens or {})
+
+    def state_dict_for_saving(self) -> dict[str, Tensor]:
+        """As CLIP's, for CLIPSave: Hugging Face's MXFP4, which LensEncoderLoader reads."""
+        file = self.cond_stage_model.text.file
+        if file.config.expert_format != "mxfp4":
+            raise SettingError(
+                f"{file.name} holds its experts as {file.config.expert_format}, which cannot be saved again. "
+                f"Nothing has changed it: copy {file.path} instead."
+            )
+        return super().state_dict_for_saving()
 
     def clone(self, disable_dynamic: bool = False) -> LensClip:
         """A CLIP of this class over the same model: ComfyUI's own clone makes a plain one."""
@@ -137,10 +158,15 @@ def load_clip(path: Path, *, placement: str = "auto", dense: bool = False, remem
     """An encoder file or folder as a CLIP; only its header is read until a prompt needs it.
 
     ``placement`` is one of ``config.PLACEMENTS``; ``dense`` dequantises the experts; ``remember`` keeps
-    features on disk.
+    features on disk. Raises SettingError where dense experts have no GPU to be on.
     """
     management = comfy.model_management
-    device = torch.device("cpu") if placement == "cpu" else management.text_encoder_device()
+    device = _device(placement)
+    if dense and (placement == "stream" or device == torch.device("cpu")):
+        raise SettingError(
+            f"The encoder's experts in bfloat16 need all its layers on a GPU, which the placement "
+            f"{placement!r} (here: {device}) does not give them. Set LensEncoderLoader's experts to 'packed'."
+        )
     # Weights stay in bf16 and 4 bits; where bf16 arithmetic is slow or absent they are cast in use.
     compute = torch.bfloat16 if management.should_use_bf16(device) else torch.float32
     file = open_encoder(path, tokenizer_places())
@@ -151,6 +177,15 @@ def load_clip(path: Path, *, placement: str = "auto", dense: bool = False, remem
     patcher.is_clip, patcher.hook_mode = True, comfy.hooks.EnumHookMode.MinVram
     patcher.cached_patcher_init = (_load_patcher, (path, placement, dense, remember))
     return LensClip(patcher, tokenizer)
+
+
+def _device(placement: str) -> torch.device:
+    """Where the encoder runs: what the user asks for, or else ComfyUI's choice, which is the CPU with
+    --lowvram."""
+    management = comfy.model_management
+    if one_of("placement", placement, PLACEMENTS) == "cpu":
+        return torch.device("cpu")
+    return management.text_encoder_device() if placement == "auto" else management.get_torch_device()
 
 
 def _load_patcher(

@@ -21,10 +21,13 @@ from ...lens_core.errors import SettingError
 from .progress import on_progress
 
 log = logging.getLogger(__name__)
+_CPU = torch.device("cpu")
 
 
 class EncoderPatcher(comfy.model_patcher.ModelPatcher):
     """ModelPatcher over a module with ``text`` (a TextEncoder) and ``placement``."""
+
+    _said = False
 
     def model_size(self) -> int:
         """Bytes with every layer on the GPU; the embedding is never there."""
@@ -35,12 +38,20 @@ class EncoderPatcher(comfy.model_patcher.ModelPatcher):
         return self.model_size() if self.model.on_cpu else self.model.text.layers.loaded
 
     def add_patches(self, patches: dict, strength_patch: float = 1.0, strength_model: float = 1.0) -> list:
-        """Packed weights take no patches, and no LoRA for Lens' encoder exists; said once per LoRA."""
-        if patches:
+        """Packed weights take no patches, and no LoRA for Lens' encoder exists; said once per patcher,
+        for merging nodes patch each weight in a call of its own."""
+        if patches and not self._said:
             log.warning(
-                "A LoRA's %d text-encoder weights are ignored: Lens' encoder is packed.", len(patches)
+                "Changes to the text encoder (by a LoRA or a merge) are ignored: its weights are packed."
             )
+            self._said = True
         return []
+
+    def add_hook_patches(
+        self, hook: Any, patches: dict, strength_patch: float = 1.0, strength_model: float = 1.0
+    ) -> list:
+        """As ``add_patches``: a hook would write into the master copies."""
+        return self.add_patches(patches)
 
     def load(
         self,
@@ -53,11 +64,12 @@ class EncoderPatcher(comfy.model_patcher.ModelPatcher):
         text, device = self.model.text, torch.device(device_to)
         text.read(on_progress(), device)
         self.model.device = device
-        self.model.on_cpu = device.type == "cpu"
+        self.model.on_cpu = device == _CPU
         if self.model.on_cpu:
+            text.unload()  # a clone may have been on a GPU
             return
-        budget = self._budget(math.inf if full_load else lowvram_model_memory)
         try:
+            budget = self._budget(math.inf if full_load else lowvram_model_memory)
             text.load(device, budget, on_progress())
         except BaseException:  # Cancel is one; nothing half loaded may stay that the host does not count
             self.unpatch_model(self.offload_device)
@@ -93,7 +105,8 @@ class EncoderPatcher(comfy.model_patcher.ModelPatcher):
     ) -> int:
         """Use ``extra_memory`` bytes more, or fewer where negative; returns the bytes added."""
         before = self.loaded_size()
-        if extra_memory < 0:
+        fixed = self.model.placement == "gpu" or self.model.text.dense
+        if extra_memory < 0 and not fixed:
             self.model.text.unload(-extra_memory)
         else:
             self.load(device_to, before + extra_memory)

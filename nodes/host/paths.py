@@ -30,7 +30,9 @@ def choices(component: str) -> list[str]:
     """Combo options of a loader: single files, then folders."""
     files = folder_paths.get_filename_list(_HOST_FOLDER[component])
     singles = [name for name in files if not _SHARD.search(name)]
-    return singles + sorted(_ggufs(component)) + sorted(_folders(component))
+    if component == "encoder":
+        singles += [name for name in _ggufs() if name not in singles]
+    return singles + sorted(_folders(component))
 
 
 def path_of(component: str, name: str) -> Path:
@@ -38,14 +40,14 @@ def path_of(component: str, name: str) -> Path:
     single = folder_paths.get_full_path(_HOST_FOLDER[component], name)
     if single is not None:
         return Path(single)
-    found = {**_ggufs(component), **_folders(component)}.get(name)
-    if found is None:
+    folder = _folders(component).get(name)
+    if folder is None:
         raise CheckpointError(
             f"There is no {component} {name!r}. Expected a file in models/{_HOST_FOLDER[component]} "
             f"or a Lens folder models/{LENS_FOLDER}/<name> with {SUBFOLDERS[component]}/ in it. "
             "Press R to refresh the list."
         )
-    return found
+    return folder
 
 
 def tokenizer_places() -> list[Path]:
@@ -56,10 +58,11 @@ def tokenizer_places() -> list[Path]:
     return [*encoders, *filter(Path.is_dir, inside), *(folder / "tokenizer" for folder in lens)]
 
 
-def _ggufs(component: str) -> dict[str, Path]:
-    """GGUF files, which ComfyUI's own list leaves out; only the encoder is read from them."""
-    roots = folder_paths.get_folder_paths(_HOST_FOLDER[component]) if component == "encoder" else []
-    return {path.relative_to(root).as_posix(): path for root in roots for path in Path(root).rglob("*.gguf")}
+def _ggufs() -> list[str]:
+    """Names of GGUF files in models/text_encoders, which ComfyUI's own list leaves out."""
+    roots = folder_paths.get_folder_paths("text_encoders")
+    names = (name for root in roots for name in folder_paths.recursive_search(root, [".git"])[0])
+    return sorted({name for name in names if name.lower().endswith(".gguf")})
 
 
 def _folders(component: str) -> dict[str, Path]:

@@ -22,13 +22,18 @@ NODES = {
         ["model_name", "dtype"],
         [("MODEL", "MODEL"), ("steps", "INT"), ("cfg", "FLOAT")],
     ),
-    "LensEncoderLoader": ("Lens Encoder Loader", ["encoder_name"], [("CLIP", "CLIP")]),
+    "LensEncoderLoader": (
+        "Lens Encoder Loader",
+        ["encoder_name", "placement", "experts", "feature_cache"],
+        [("CLIP", "CLIP")],
+    ),
     "LensVAELoader": ("Lens VAE Loader", ["vae_name"], [("VAE", "VAE")]),
     "LensTextEncode": (
         "Lens Text Encode",
-        ["clip", "prompt", "negative"],
+        ["clip", "prompt", "negative", "extended", "template_date"],
         [("positive", "CONDITIONING"), ("negative", "CONDITIONING")],
     ),
+    "LensClearFeatureCache": ("Lens Clear Feature Cache", [], []),
     "LensEmptyLatent": (
         "Lens Empty Latent",
         ["base_resolution", "aspect_ratio", "batch_size"],
@@ -60,6 +65,11 @@ SETTINGS = {
     ("LensGuider", "cfg"): ("FLOAT", 5.0),
     ("LensNoise", "seed"): ("INT", 0),
     ("LensTextEncode", "negative"): ("STRING", ""),
+    ("LensTextEncode", "extended"): ("BOOLEAN", False),
+    ("LensTextEncode", "template_date"): (["pinned", "today"], "pinned"),
+    ("LensEncoderLoader", "placement"): (["auto", "gpu", "stream", "cpu"], "auto"),
+    ("LensEncoderLoader", "experts"): (["packed", "bfloat16"], "packed"),
+    ("LensEncoderLoader", "feature_cache"): ("BOOLEAN", True),
 }
 
 
@@ -135,13 +145,21 @@ def test_settings(host, node_id, name):
     assert entry[1]["default"] == default
 
 
-def test_only_the_negative_is_optional(host):
+def test_what_older_workflows_lack_is_optional(host):
+    """A workflow of the first version names an encoder, a prompt and a negative; nothing else."""
     optional = {
         (node_id, name)
         for node_id in NODES
         for name in host.node_classes[node_id].INPUT_TYPES().get("optional", {})
     }
-    assert optional == {("LensTextEncode", "negative")}
+    assert optional == {
+        ("LensTextEncode", "negative"),
+        ("LensTextEncode", "extended"),
+        ("LensTextEncode", "template_date"),
+        ("LensEncoderLoader", "placement"),
+        ("LensEncoderLoader", "experts"),
+        ("LensEncoderLoader", "feature_cache"),
+    }
     _, negative = host.run("LensTextEncode", clip=_EchoClip(), prompt="x")
     assert negative == "encoded ''"
 

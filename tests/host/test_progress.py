@@ -65,6 +65,8 @@ def test_sampling_without_steps_reports_nothing(draw, progress):
 
 
 def test_encoding_reports_every_layer(host, tiny, progress):
+    tiny.clip.load_model()  # reads the file, if no test has needed it before
+    progress.clear()
     host.run("CLIPTextEncode", clip=tiny.clip, text="x")
     assert [(done, total) for done, total, _ in progress] == [(i, LAYERS) for i in range(1, LAYERS + 1)]
 
@@ -73,7 +75,6 @@ def test_encoding_reports_every_layer(host, tiny, progress):
     "node, inputs",
     [
         ("LensModelLoader", {"model_name": "Lens-tiny", "dtype": "float32"}),
-        ("LensEncoderLoader", {"encoder_name": "gpt_oss_tiny_mxfp4.safetensors"}),
         ("LensVAELoader", {"vae_name": "flux2_tiny_vae.safetensors"}),
     ],
 )
@@ -92,6 +93,16 @@ def test_loading_reports_and_is_cancelled(host, progress, cancel_after, interrup
     assert host.run(node, **inputs)[0] is not None
 
 
+def test_opening_the_encoder_reads_nothing(host, progress):
+    """Its header is read at once; its tensors, with a bar, when a prompt needs them."""
+    (clip,) = host.run("LensEncoderLoader", encoder_name="gpt_oss_tiny_mxfp4.safetensors")
+    assert not progress
+    assert all(tensor.is_meta for tensor in clip.cond_stage_model.state_dict().values())
+    clip.load_model()
+    total = progress[-1][1]
+    assert [report[0] for report in progress] == list(range(1, total + 1)) and total > 50
+
+
 def test_cancel_before_loading(host, cancel, interrupted):
     cancel()
     with pytest.raises(interrupted):
@@ -99,6 +110,7 @@ def test_cancel_before_loading(host, cancel, interrupted):
 
 
 def test_cancel_while_encoding(host, tiny, cancel_after, interrupted):
+    tiny.clip.load_model()
     hook = cancel_after(LAYERS // 2)
     with pytest.raises(interrupted):
         host.run("LensTextEncode", clip=tiny.clip, prompt="a red circle", negative="")

@@ -181,7 +181,8 @@ def test_saved_models_load_again(host, tiny, draw, own_models):
         [path] = output.rglob(f"{stem}*.safetensors")
         shutil.copy(path, own_models / folder / f"{stem}.safetensors")
     model, *_ = host.run("LensModelLoader", model_name="lens_saved.safetensors", dtype="float32")
-    (clip,) = host.run("LensEncoderLoader", encoder_name="encoder_saved.safetensors")
+    (clip,) = host.run("LensEncoderLoader", encoder_name="encoder_saved.safetensors", feature_cache=False)
+    clip.load_model()
     (vae,) = host.run("LensVAELoader", vae_name="vae_saved.safetensors")
     for got, want in (
         (model.model, tiny.model.model),
@@ -193,6 +194,23 @@ def test_saved_models_load_again(host, tiny, draw, own_models):
     # Tensors lie elsewhere in this file, which may change the order of a matrix product's sums.
     assert relative_l2(draw(model=model)["samples"], draw()["samples"]) < SAME
     assert clip.tokenize("a red circle") == tiny.clip.tokenize("a red circle")
+    (conditioning,) = host.run("CLIPTextEncode", clip=clip, text="a red circle")
+    assert torch.equal(conditioning[0][0], tiny.positive[0][0])
+
+
+def test_encoder_is_saved_before_any_prompt(host, own_models):
+    """CLIPSave of a folder that nothing has read yet; what is saved is a file of our loader's."""
+    import folder_paths
+
+    (clip,) = host.run("LensEncoderLoader", encoder_name="Lens-tiny", feature_cache=False)
+    stem = "unread"
+    host.run("CLIPSave", clip=clip, filename_prefix=stem)
+    [path] = Path(folder_paths.get_output_directory()).rglob(f"{stem}*.safetensors")
+    shutil.copy(path, own_models / "text_encoders" / f"{stem}.safetensors")
+    (again,) = host.run("LensEncoderLoader", encoder_name=f"{stem}.safetensors", feature_cache=False)
+    [[got, _]] = host.run("CLIPTextEncode", clip=again, text="a red circle")[0]
+    [[want, _]] = host.run("CLIPTextEncode", clip=clip, text="a red circle")[0]
+    assert torch.equal(got, want)
 
 
 def test_saved_model_is_comfyui_own_lens(host, draw, tiny, own_models):
@@ -205,3 +223,15 @@ def test_saved_model_is_comfyui_own_lens(host, draw, tiny, own_models):
     (model,) = host.run("UNETLoader", unet_name="for_stock.safetensors", weight_dtype="default")
     align_qk_eps(model.model.diffusion_model)
     assert relative_l2(draw(model=model)["samples"], draw()["samples"]) < SAME
+
+
+def test_nvfp4_is_not_saved_again(host):
+    """What a file of our own names for it would hold, neither ComfyUI nor our loader reads."""
+    import folder_paths
+
+    name = "gpt_oss_tiny_nvfp4.safetensors"
+    (clip,) = host.run("LensEncoderLoader", encoder_name=name, feature_cache=False)
+    with pytest.raises(Exception, match=f"nvfp4, which cannot be saved.* copy .*{name} instead") as caught:
+        host.run("CLIPSave", clip=clip, filename_prefix="nvfp4_saved")
+    assert type(caught.value).__name__ == "SettingError"
+    assert not list(Path(folder_paths.get_output_directory()).rglob("nvfp4_saved*"))

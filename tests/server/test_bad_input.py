@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from scripts.comfy_server import ComfyServer, PromptRejected, error_of
+from tests.encoder_files import write_plain_gguf
 
 
 @pytest.fixture
@@ -26,7 +27,8 @@ def bad_files(server: ComfyServer) -> Path:
     llm = {"model.layers.0.self_attn.q_proj.weight": weight}
     save_file(llm, models / "text_encoders" / "llama.safetensors")
     save_file({"decoder.conv_in.weight": weight}, models / "vae" / "sd_vae.safetensors")
-    (models / "text_encoders" / "llm_q4.safetensors").write_bytes(b"GGUF" + bytes(100))
+    llm_gguf = {"blk.0.attn_q.weight": weight, "token_embd.weight": weight}
+    write_plain_gguf(models / "text_encoders" / "llm_q8.gguf", "llama", llm_gguf)
     good = (models / "diffusion_models" / "lens_tiny_bf16.safetensors").read_bytes()
     (models / "diffusion_models" / "cut.safetensors").write_bytes(good[: len(good) // 2])
     (models / "diffusion_models" / "garbage.safetensors").write_bytes(bytes(range(256)) * 40)
@@ -69,9 +71,9 @@ CASES: dict[str, tuple[dict[str, Any], str, tuple[str, ...]]] = {
         ("llama.safetensors is a language model", "expected a GPT-OSS encoder"),
     ),
     "an LLM GGUF as encoder": (
-        {"encoder__encoder_name": "llm_q4.safetensors"},
+        {"encoder__encoder_name": "llm_q8.gguf"},
         "LensEncoderLoader",
-        ("llm_q4.safetensors is a GGUF file", "Expected a .safetensors file"),
+        ("llm_q8.gguf is a GGUF of llama; expected a GPT-OSS encoder", "a GGUF of it with MXFP4 experts"),
     ),
     "an SD VAE": (
         {"vae__vae_name": "sd_vae.safetensors"},
