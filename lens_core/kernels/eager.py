@@ -86,8 +86,13 @@ def clamped_swiglu(gate_up: Tensor, alpha: float, limit: float) -> Tensor:
 
 def experts(x: Tensor, chosen: Tensor, routing: Tensor, bank: Bank) -> Tensor:
     """x [T, H], chosen [T, K], routing [T, K] -> weighted results fp32 [T, K, H], one row per pair."""
-    grouped = x.is_cuda and x.dtype == torch.bfloat16 and hasattr(F, "grouped_mm")
-    return (_grouped if grouped else _one_by_one)(x, chosen, routing, bank)
+    return (_grouped if _has_grouped_product(x) else _one_by_one)(x, chosen, routing, bank)
+
+
+def _has_grouped_product(x: Tensor) -> bool:
+    if not x.is_cuda or x.dtype != torch.bfloat16 or not hasattr(F, "grouped_mm"):
+        return False
+    return torch.version.hip is not None or torch.cuda.get_device_capability(x.device) >= (8, 0)
 
 
 def _one_by_one(x: Tensor, chosen: Tensor, routing: Tensor, bank: Bank) -> Tensor:

@@ -49,6 +49,7 @@ class LayerStore:
         self.device: torch.device | None = None
         self._resident: dict[int, nn.Module] = {}
         self._locked: dict[int, Tensor] = {}
+        self._told = False
 
     @property
     def total(self) -> int:
@@ -72,9 +73,7 @@ class LayerStore:
         If not all fit, the streamed ones' buffers come out of the budget too. ``on_layer(done, total)``
         may raise to cancel: what is there by then stays.
         """
-        if device != self.device:
-            self.unload()
-            self.device = device
+        device = self._moved_to(device)
         before = self.loaded
         wanted = self._fitting(budget)
         for index in wanted:
@@ -99,10 +98,16 @@ class LayerStore:
         """The layers in order, ready to run on ``device``: each valid until the next is asked for."""
         if device == _HOME:
             return iter(self.masters)
+        return self._run(self._moved_to(device))
+
+    def _moved_to(self, device: torch.device) -> torch.device:
+        """``device`` with its number ("cuda" is no other than "cuda:0"); layers elsewhere are let go."""
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
         if device != self.device:
             self.unload()
             self.device = device
-        return self._run(device)
+        return device
 
     def _fitting(self, budget: float) -> range:
         if self.total <= budget:
@@ -121,7 +126,7 @@ class LayerStore:
         return layer if self.convert is None else self.convert(layer)
 
     def copy(self, index: int, flat: Tensor) -> None:
-        """A master's bytes to ``flat`` on the GPU: one copy if page-locked, else tensor by tensor."""
+        """A master's bytes to ``flat``: one copy if they are page-locked, else tensor by tensor."""
         locked = self._locked.get(index)
         if locked is not None:
             flat[: len(locked)].copy_(locked, non_blocking=True)
@@ -131,23 +136,21 @@ class LayerStore:
             view.copy_(source[name])
 
     def _lock(self, indices: Sequence[int]) -> None:
-        """Page-lock copies of the streamed layers, as many as RAM allows; said once."""
+        """Page-lock copies of the streamed layers, as many as RAM allows; that it is short is said once."""
         for index in indices:
             size = self.layouts[index].size
             if index in self._locked:
                 continue
             flat = pinned(size) if available_ram() > size + _RAM_RESERVE else None
             if flat is None:
-                done = len(self._locked)
-                log.info(
-                    "Streaming %d of %d layers from ordinary memory: RAM is short.",
-                    len(indices) - done,
-                    len(indices),
-                )
+                if not self._told:
+                    self._told = True
+                    slow = len(indices) - len(self._locked)
+                    log.info(
+                        "Streaming %d of %d layers from ordinary memory: RAM is short.", slow, len(indices)
+                    )
                 return
-            source = self.masters[index].state_dict()
-            for name, view in self.layouts[index].views(flat).items():
-                view.copy_(source[name])
+            self.copy(index, flat)
             self._locked[index] = flat
 
     def _run(self, device: torch.device) -> Iterator[nn.Module]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor
@@ -47,6 +49,25 @@ def test_experts_in_one_grouped_product(tokens: int, experts: int, form: str):
     assert got.dtype == torch.float32
     assert relative_l2(got, expert_loop(*case, weights)) < ROUNDING[torch.bfloat16]
     assert relative_l2(got, eager._one_by_one(*case, weights)) < ROUNDING[torch.bfloat16]
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "grouped"),
+    [
+        ((8, 0), torch.bfloat16, True),
+        ((12, 0), torch.bfloat16, True),
+        ((7, 5), torch.bfloat16, False),
+        ((8, 0), torch.float16, False),
+        ((8, 0), torch.float32, False),
+    ],
+)
+def test_where_the_grouped_product_exists(
+    capability: tuple[int, int], dtype: torch.dtype, grouped: bool, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    on_gpu = SimpleNamespace(is_cuda=True, dtype=dtype, device="cuda")
+    assert eager._has_grouped_product(on_gpu) is grouped
+    assert not eager._has_grouped_product(torch.zeros(1, dtype=dtype))
 
 
 @pytest.mark.parametrize("path", [eager._grouped, eager._one_by_one])

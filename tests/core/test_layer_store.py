@@ -4,6 +4,7 @@ masters lie, so layers are copied there as they would be, only in line."""
 from __future__ import annotations
 
 import gc
+import logging
 import weakref
 from collections.abc import Callable
 from itertools import islice
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lens_core.memory import LayerStore
+from lens_core.memory import layers as layers_module
 from lens_core.memory.flat import Layout, assign
 
 CPU, GPU, OTHER = torch.device("cpu"), torch.device("cpu:0"), torch.device("cpu:1")
@@ -169,12 +171,61 @@ def test_a_run_on_another_device_lets_go_of_the_first():
     assert store.device == GPU and store.loaded == store.total
 
 
-def test_a_streamed_run_never_has_more_than_two_layers(monkeypatch: pytest.MonkeyPatch):
-    store, made = store_of(5), []
+def test_a_gpu_without_a_number_is_the_current_one(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    store = store_of(3)
+    store.load(GPU, float("inf"))
+    store.device = torch.device("cuda:1")  # as if they lay there
+    store.on(torch.device("cuda"))
+    assert store.loaded == store.total
+    store.on(torch.device("cuda:0"))
+    assert store.loaded == 0
+
+
+def test_page_locked_copies_are_made_once_and_used(monkeypatch: pytest.MonkeyPatch):
+    """As many as RAM allows beside a reserve. Here ordinary memory stands for the page-locked."""
+    store, made = store_of(4), []
+    room = [10 << 30, 10 << 30, 0]
+    monkeypatch.setattr(layers_module, "available_ram", lambda: room[min(len(made), 2)])
+    monkeypatch.setattr(layers_module, "pinned", lambda size: made.append(size) or torch.empty(size).byte())
+    for _ in range(2):
+        store._lock([0, 1, 2, 3])
+    assert made == [SIZE, SIZE] and sorted(store._locked) == [0, 1]
+    store._locked[1][:8] = 99  # told apart from the master
+    copies = [torch.zeros(SIZE, dtype=torch.uint8) for _ in range(2)]
+    for index, copy in enumerate(copies):
+        store.copy(index, copy)
+    views = store.layouts[0].views(copies[0])
+    assert all(torch.equal(views[name], tensor) for name, tensor in store.masters[0].state_dict().items())
+    assert copies[1][0] == 99
+    assert run(store.on(GPU), 0.0) != run(store.masters, 0.0)
+    store.load(GPU, float("inf"))
+    assert store._locked == {}, "a resident layer needs no copy to stream from"
+
+
+@pytest.mark.parametrize("refused_by", ["RAM", "the system"])
+def test_a_lack_of_page_locked_memory_is_said_once(
+    refused_by: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr(layers_module, "available_ram", lambda: 0 if refused_by == "RAM" else 1 << 40)
+    monkeypatch.setattr(layers_module, "pinned", lambda _: None)
+    store = store_of(4)
+    with caplog.at_level(logging.INFO):
+        for _ in range(3):
+            store._lock([1, 2, 3])
+    assert caplog.messages == ["Streaming 3 of 3 layers from ordinary memory: RAM is short."]
+
+
+@pytest.mark.parametrize(("count", "buffers"), [(5, 2), (1, 1)])
+def test_a_streamed_run_takes_two_layers_memory_at_most(
+    count: int, buffers: int, monkeypatch: pytest.MonkeyPatch
+):
+    store, made = store_of(count), []
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *a, **k: made.append(empty(*a, **k)) or made[-1])
     assert run(store.on(GPU)) == run(store.masters)
-    assert [len(flat) for flat in made if flat.dtype == torch.uint8 and flat.ndim == 1] == [SIZE, SIZE]
+    flats = [len(flat) for flat in made if flat.dtype == torch.uint8 and flat.ndim == 1]
+    assert flats == [SIZE] * buffers and store.buffers == buffers * SIZE
 
 
 def test_the_next_layer_is_copied_while_one_runs(monkeypatch: pytest.MonkeyPatch):
