@@ -105,11 +105,12 @@ class EncoderPatcher(comfy.model_patcher.ModelPatcher):
     ) -> int:
         """Use ``extra_memory`` bytes more, or fewer where negative; returns the bytes added."""
         before = self.loaded_size()
+        moves = self.model.on_cpu and device_to != _CPU  # what a clone had there is no room on a GPU
         fixed = self.model.placement == "gpu" or self.model.text.dense
-        if extra_memory < 0 and not fixed:
+        if extra_memory < 0 and not (moves or fixed):
             self.model.text.unload(-extra_memory)
         else:
-            self.load(device_to, before + extra_memory)
+            self.load(device_to, (0 if moves else before) + extra_memory)
         return self.loaded_size() - before
 
     def partially_unload(
