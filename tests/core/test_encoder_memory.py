@@ -31,6 +31,9 @@ LIMITS = {
     "transformers": 0.8,
     "comfyui": 0.8,
 }
+# What the first use of torch's and gguf's code takes whatever the file: 12 MiB for GGUF files of 34, 87 and 192
+# MiB, which grow by 1.07 of their size beside it (8-bit attention becomes bf16).
+ONCE = 24 * MIB
 
 LOAD = """
 import sys, torch
@@ -112,4 +115,4 @@ def test_the_peak_is_little_more_than_the_file(layout: str, tmp_path: Path):
     grown = int(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
     path.unlink()
     print(f"{layout}: {size / MIB:.0f} MiB, grown by {grown / MIB:.0f} MiB")
-    assert grown < LIMITS[layout] * size
+    assert grown < LIMITS[layout] * size + ONCE

@@ -137,7 +137,9 @@ def test_experts_run_on_nvfp4_as_on_the_values_it_stands_for():
             want[token] += weights[token, slot] * F.linear(
                 inner, dense["down_proj"][e], experts.down_proj_bias[e]
             )
-    assert relative_l2(run_experts(x, chosen, weights, experts.bank()).sum(1), want) < 1e-6  # fp32 sums in another order
+    assert (
+        relative_l2(run_experts(x, chosen, weights, experts.bank()).sum(1), want) < 1e-6
+    )  # fp32 sums in another order
 
 
 @pytest.fixture(scope="module")
