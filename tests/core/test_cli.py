@@ -332,11 +332,13 @@ def test_without_flags_the_encoder_has_its_defaults_and_a_cache_at_home(
 def test_a_flag_reaches_the_encoder_and_the_picture_unless_it_changes_nothing(
     generate: Generate,
     chosen: list[EncoderOptions],
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     flags: list[str],
     options: dict[str, Any],
     settings: dict[str, Any],
 ):
+    monkeypatch.chdir(tmp_path)  # one of the folders is relative
     monkeypatch.setattr(cli, "today", lambda: "2027-03-09")
     (path,) = generate(*ONE_STEP, "--prompt", "a", "--feature_cache", "off", *flags)
     assert chosen == [EncoderOptions(**options)]
