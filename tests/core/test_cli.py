@@ -332,8 +332,8 @@ def test_without_flags_the_encoder_has_its_defaults_and_a_cache_at_home(
 def test_a_flag_reaches_the_encoder_and_the_picture_unless_it_changes_nothing(
     generate: Generate,
     chosen: list[EncoderOptions],
-    monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     flags: list[str],
     options: dict[str, Any],
     settings: dict[str, Any],

@@ -235,8 +235,8 @@ def test_an_encoder_that_is_dropped_is_gone(file: EncoderFile, dense: bool):
 
 
 def test_the_published_sizes():
-    """From the published index: 13,761,264,768 bytes in all, of which embedding, head and last norm are
-    never on the GPU; experts are 4.25 bits a weight there. Tensors begin at multiples of 256 bytes."""
+    """From the published index: 13,761,264,768 bytes in all, of which embedding, head and last norm are never
+    on the GPU; experts are 4.25 bits a weight there. Tensors begin at multiples of 256 bytes."""
     published = EncoderConfig()
     table = 2 * published.vocab_size * published.hidden_size
     layers = 13_761_264_768 - 2 * table - 2 * published.hidden_size

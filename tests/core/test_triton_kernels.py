@@ -14,7 +14,7 @@ FILES = sorted(Path(__file__).with_name("interpreted").glob("test_*.py"))
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_interpreted(file: Path):
-    command = [sys.executable, "-m", "pytest", str(file), "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    command = [sys.executable, "-m", "pytest", str(file), "-q", "-p", "no:cacheprovider"]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     environment = {name: value for name, value in environment.items() if not name.startswith("PYTEST_")}
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
