@@ -70,20 +70,28 @@ class EncoderFile:
 
     @cached_property
     def tokenizer(self) -> PromptTokenizer:
-        """Embedded in the file, beside it, in ``tokenizer_places``, or rebuilt from a GGUF's metadata."""
+        """Embedded in the file, beside it, in ``tokenizer_places``, or rebuilt from a GGUF's metadata.
+
+        Other models' are passed over: folders of encoders may hold one each.
+        """
         if "tokenizer_json" in self.checkpoint.header:
             content = bytes(self.checkpoint.read("tokenizer_json").tolist()).decode("utf-8", "replace")
             return PromptTokenizer.from_json(content, f"the tokenizer in {self.name}")
-        places = self._places()
+        places, unfit = self._places(), None
         for place in places:
             file = place / _TOKENIZER if place.is_dir() else place
-            if file.is_file():
-                content = file.read_text(encoding="utf-8", errors="replace")
-                return PromptTokenizer.from_json(content, str(file))
+            try:
+                if file.is_file():
+                    content = file.read_text(encoding="utf-8", errors="replace")
+                    return PromptTokenizer.from_json(content, str(file))
+            except CheckpointError as error:
+                unfit = unfit or error
         if isinstance(self.checkpoint, GgufCheckpoint):
             tokenizer = tokenizer_of(self.checkpoint)
             if tokenizer is not None:
                 return PromptTokenizer(tokenizer, f"the tokenizer in {self.name}")
+        if unfit is not None:
+            raise unfit
         raise CheckpointError(
             f"{self.name} holds no tokenizer and there is no {_TOKENIZER} in {', '.join(map(str, places))}. "
             f"Copy gpt-oss-20b's {_TOKENIZER} (12 MB, beside its weights or in a Lens folder's tokenizer/) "

@@ -191,3 +191,33 @@ def stock_model(host: Host, own_models: Path, tiny_folder: Path) -> Any:
     assert model.model_dtype() == torch.float32
     align_qk_eps(model.model.diffusion_model)
     return model
+
+
+@pytest.fixture(scope="session")
+def stock_clip(host: Host, tiny_models: Path) -> Any:
+    """ComfyUI's own Lens CLIP with the tiny weights, all in fp32."""
+    import comfy.sd
+
+    from lens_core.prompt import PromptTokenizer
+    from lens_core.tiny import models
+    from lens_core.tiny.tokenizer import tiny_tokenizer
+    from tests.host.helpers import comfyui_weights
+
+    config = models.encoder_config(tiny_tokenizer().get_vocab_size())
+    sizes = (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "num_local_experts",
+    )
+    return comfy.sd.load_text_encoder_state_dicts(
+        [comfyui_weights(tiny_models / "text_encoders" / "gpt_oss_tiny_mxfp4.safetensors")],
+        clip_type=comfy.sd.CLIPType.LENS,
+        model_options={
+            "dtype": torch.float32,
+            "gpt_oss_config": {name: getattr(config, name) for name in sizes},
+            "txt_offset": len(PromptTokenizer(tiny_tokenizer()).prefix),
+        },
+    )

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lens_core.quant.mxfp4 import dequantize
 from lens_core.tiny import models
 from lens_core.weights import open_checkpoint
 
@@ -122,3 +123,22 @@ def write_lora(path: Path, network: Any, strength: float) -> dict[str, Tensor]:
         deltas[name] = strength * alpha / LORA_RANK * up @ down
     save_file(stored, path)
     return deltas
+
+
+def comfyui_weights(path: Path) -> dict[str, Tensor]:
+    """The encoder in ComfyUI's format: no ``model.``, experts as dense [E, out, in] in fp32."""
+    checkpoint = open_checkpoint(path)
+    weights = {}
+    for name in checkpoint.header:
+        key = name.removeprefix("model.")
+        if key == "lm_head.weight" or key.endswith("_scales"):
+            continue
+        tensor = checkpoint.read(name)
+        if key.endswith("_blocks"):
+            scales = checkpoint.read(name.removesuffix("_blocks") + "_scales")
+            weights[key.replace("_blocks", ".weight")] = dequantize(tensor, scales, torch.float32)
+        elif ".experts." in key:
+            weights[key.replace("_bias", ".bias")] = tensor.float()
+        else:
+            weights[key] = tensor.float() if tensor.is_floating_point() else tensor
+    return weights

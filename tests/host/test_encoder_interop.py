@@ -6,59 +6,13 @@ import pytest
 import torch
 
 from lens_core.prompt import PromptTokenizer
-from lens_core.quant.mxfp4 import dequantize
 from lens_core.tiny import models
 from lens_core.tiny.tokenizer import tiny_tokenizer
-from lens_core.weights import open_checkpoint
 from tests.compare import per_token_l2, relative_l2
 
 # With the tiny byte-level tokenizer the template alone is 454 tokens and ComfyUI cuts at 512.
 PROMPTS = ["a red circle", "x", "(blue:1.5) [square]", "Ünï çødé ☃", "  two  spaces "]
 WIDTH = 4 * models.DENOISER.enc_hidden_dim
-
-
-def comfyui_weights(path) -> dict[str, torch.Tensor]:
-    """The encoder in ComfyUI's format: no ``model.``, experts as dense [E, out, in] in fp32."""
-    checkpoint = open_checkpoint(path)
-    weights = {}
-    for name in checkpoint.header:
-        key = name.removeprefix("model.")
-        if key == "lm_head.weight" or key.endswith("_scales"):
-            continue
-        tensor = checkpoint.read(name)
-        if key.endswith("_blocks"):
-            scales = checkpoint.read(name.removesuffix("_blocks") + "_scales")
-            weights[key.replace("_blocks", ".weight")] = dequantize(tensor, scales, torch.float32)
-        elif ".experts." in key:
-            weights[key.replace("_bias", ".bias")] = tensor.float()
-        else:
-            weights[key] = tensor.float() if tensor.is_floating_point() else tensor
-    return weights
-
-
-@pytest.fixture(scope="module")
-def stock_clip(host, tiny_models):
-    """ComfyUI's own Lens CLIP with the tiny weights, all in fp32."""
-    import comfy.sd
-
-    config = models.encoder_config(tiny_tokenizer().get_vocab_size())
-    sizes = (
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "num_local_experts",
-    )
-    return comfy.sd.load_text_encoder_state_dicts(
-        [comfyui_weights(tiny_models / "text_encoders" / "gpt_oss_tiny_mxfp4.safetensors")],
-        clip_type=comfy.sd.CLIPType.LENS,
-        model_options={
-            "dtype": torch.float32,
-            "gpt_oss_config": {name: getattr(config, name) for name in sizes},
-            "txt_offset": len(PromptTokenizer(tiny_tokenizer()).prefix),
-        },
-    )
 
 
 def encode(host, clip, text):
