@@ -23,7 +23,9 @@ def joined(tensors: Sequence[Tensor]) -> Tensor | None:
     first = tensors[0]
     rows, end = 0, first.data_ptr()
     for tensor in tensors:
-        if tensor.data_ptr() != end or tensor.dtype != first.dtype or tensor.shape[1:] != first.shape[1:]:
+        if tensor.data_ptr() != end or not tensor.is_contiguous():
+            return None
+        if tensor.dtype != first.dtype or tensor.shape[1:] != first.shape[1:]:
             return None
         rows, end = rows + len(tensor), end + tensor.nbytes
     inside = first.untyped_storage()

@@ -135,30 +135,23 @@ class LayerStore:
         for name, view in self.layouts[index].views(flat).items():
             view.copy_(source[name])
 
-    def _lock(self, indices: Sequence[int]) -> None:
-        """Page-lock copies of the streamed layers, as many as RAM allows; that it is short is said once."""
-        for index in indices:
-            size = self.layouts[index].size
-            if index in self._locked:
-                continue
-            flat = pinned(size) if available_ram() > size + _RAM_RESERVE else None
-            if flat is None:
-                if not self._told:
-                    self._told = True
-                    slow = len(indices) - len(self._locked)
-                    log.info(
-                        "Streaming %d of %d layers from ordinary memory: RAM is short.", slow, len(indices)
-                    )
-                return
+    def lock(self, index: int) -> None:
+        """Page-lock a copy of a layer that is about to be streamed, if RAM allows; said once if not."""
+        if index in self._locked:
+            return
+        size = self.layouts[index].size
+        flat = pinned(size) if available_ram() > size + _RAM_RESERVE else None
+        if flat is not None:
             self.copy(index, flat)
             self._locked[index] = flat
+        elif not self._told:
+            self._told = True
+            log.info("RAM is short: layers are streamed from ordinary memory, more slowly.")
 
     def _run(self, device: torch.device) -> Iterator[nn.Module]:
         streamed = [index for index in range(len(self.masters)) if index not in self._resident]
         if streamed and self.convert is not None:
             raise RuntimeError("dequantised layers cannot be streamed")
-        if device.type == "cuda":
-            self._lock(streamed)
         stream = _Stream(self, streamed, device)
         try:
             for index in range(len(self.masters)):
@@ -196,6 +189,7 @@ class _Stream:
         if self.side is None:
             self.store.copy(self.order[position], flat)
             return
+        self.store.lock(self.order[position])
         # Everything issued so far may still read what is about to be overwritten.
         self.side.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.side):

@@ -31,8 +31,8 @@ LIMITS = {
     "transformers": 0.8,
     "comfyui": 0.8,
 }
-# What the first use of torch's and gguf's code takes whatever the file: 12 MiB for GGUF files of 34, 87 and 192
-# MiB, which grow by 1.07 of their size beside it (8-bit attention becomes bf16).
+# What the first use of torch's and gguf's code takes whatever the file: 12 MiB for GGUF files of 34, 87 and
+# 192 MiB, which grow by 1.07 of their size beside it (8-bit attention becomes bf16).
 ONCE = 24 * MIB
 
 LOAD = """

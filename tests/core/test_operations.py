@@ -1,4 +1,4 @@
-"""The command line's operations: weights as stored, cast as they run."""
+"""The encoder's operations: weights as stored, cast as they run, joined where they are neighbours."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lens_core.ops import CastingOperations
+from lens_core.config import EncoderConfig
+from lens_core.encoder import GptOssLayer
+from lens_core.memory.flat import Layout
+from lens_core.ops import CastingOperations, joined
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -28,3 +31,26 @@ def test_the_same_dtype_is_not_copied(monkeypatch: pytest.MonkeyPatch):
     linear(torch.randn(3, 8))
     ((weight, bias),) = seen
     assert weight is linear.weight and bias is linear.bias
+
+
+def test_neighbours_in_memory_are_one_tensor():
+    memory = torch.arange(60.0)
+    first, second, third = memory[:20].view(5, 4), memory[20:28].view(2, 4), memory[28:40].view(3, 4)
+    whole = joined([first, second, third])
+    assert whole is not None and whole.data_ptr() == memory.data_ptr()
+    assert torch.equal(whole, memory[:40].view(10, 4))
+    assert joined([first, third]) is None, "something lies between"
+    assert joined([second, first]) is None, "the other way round"
+    assert joined([first, memory[20:30].view(5, 2)]) is None, "rows of another length"
+    assert joined([first, memory[20:28].view(torch.int32).view(2, 4)]) is None, "another dtype"
+
+
+def test_a_layer_store_lays_queries_keys_and_values_together():
+    layer = GptOssLayer(EncoderConfig(), CastingOperations, dtype=torch.bfloat16, device="meta")
+    layout = Layout.of(layer)
+    for part in ("weight", "bias"):
+        place = {
+            name: (at, shape.numel() * 2) for name, at, shape, _ in layout.entries if name.endswith(part)
+        }
+        query, key, value = (place[f"self_attn.{name}_proj.{part}"] for name in "qkv")
+        assert sum(query) == key[0] and sum(key) == value[0]
