@@ -48,11 +48,21 @@ def machine() -> dict[str, Any]:
     return {
         "date": datetime.date.today().isoformat(),
         "gpu": torch.cuda.get_device_name(),
+        "cpu": _cpu(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
         "command": "python " + shlex.join(sys.argv),
     }
+
+
+def _cpu() -> str:
+    """The processor's name: launching kernels takes as long as running the short ones."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
 
 
 def write(name: str, folder: Path, results: dict[str, Any], table: Sequence[Sequence[Any]]) -> None:
@@ -65,7 +75,7 @@ def write(name: str, folder: Path, results: dict[str, Any], table: Sequence[Sequ
     lines = [
         f"# {name}",
         "",
-        f"{where['date']}, {where['gpu']}, torch {where['torch']}: `{where['command']}`",
+        f"{where['date']}, {where['gpu']}, {where['cpu']}, torch {where['torch']}: `{where['command']}`",
         "",
         *(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)),
     ]
