@@ -85,13 +85,13 @@ class EncoderFile:
                     content = file.read_text(encoding="utf-8", errors="replace")
                     return PromptTokenizer.from_json(content, str(file))
             except CheckpointError as error:
-                unfit = unfit or error
+                unfit = unfit or str(error)
         if isinstance(self.checkpoint, GgufCheckpoint):
             tokenizer = tokenizer_of(self.checkpoint)
             if tokenizer is not None:
                 return PromptTokenizer(tokenizer, f"the tokenizer in {self.name}")
         if unfit is not None:
-            raise unfit
+            raise CheckpointError(unfit)
         raise CheckpointError(
             f"{self.name} holds no tokenizer and there is no {_TOKENIZER} in {', '.join(map(str, places))}. "
             f"Copy gpt-oss-20b's {_TOKENIZER} (12 MB, beside its weights or in a Lens folder's tokenizer/) "

@@ -41,8 +41,9 @@ class ComfyServer:
             (self.base / name).mkdir(parents=True, exist_ok=True)
         for kind in ("diffusion_models", "text_encoders", "vae", "loras"):
             (self.models / kind).mkdir(parents=True, exist_ok=True)
-        (self.base / "models").symlink_to(self.models, target_is_directory=True)
-        (self.base / "custom_nodes" / "ComfyUI-Lens").symlink_to(PACK, target_is_directory=True)
+        for link, target in (("models", self.models), ("custom_nodes/ComfyUI-Lens", PACK)):
+            if not (self.base / link).is_symlink():  # it is there where a server has run before
+                (self.base / link).symlink_to(target, target_is_directory=True)
         command = [sys.executable, "main.py", "--port", str(self.port), "--listen", "127.0.0.1"]
         command += ["--disable-auto-launch", "--base-directory", str(self.base)]
         command += ["--database-url", "sqlite:///:memory:", "--preview-method", "latent2rgb", *self.arguments]

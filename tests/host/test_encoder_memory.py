@@ -436,3 +436,24 @@ def test_dense_experts_only_on_a_gpu(load, gpu, placement):
 def test_dense_experts_without_a_gpu(load, management):
     with pytest.raises(Exception, match=r"'auto' \(here: cpu\).*experts to 'packed'"):
         load(experts="bfloat16")
+
+
+def test_patches_are_refused_with_one_warning(load, caplog):
+    """A LoRA brings all its weights at once, a merge one a call; a hook would write into the masters."""
+    import comfy.hooks
+
+    patcher = load().patcher.clone()
+    patcher.model.text.read()
+    names = [name for name in patcher.model.state_dict() if name.endswith("q_proj.weight")]
+    patches = {name: ("diff", (torch.ones(1, 1),)) for name in names}
+    before = {name: tensor.clone() for name, tensor in patcher.model.state_dict().items() if name in names}
+    hook = comfy.hooks.WeightHook()
+    assert patcher.add_patches({}) == [] and not caplog.text
+    for name in names:
+        assert patcher.add_patches({name: patches[name]}) == []
+    assert patcher.add_hook_patches(hook, patches) == []
+    patcher.patch_hooks(comfy.hooks.HookGroup())
+    assert not patcher.patches and not patcher.hook_patches and not patcher.hook_backup
+    assert caplog.text.count("are ignored: its weights are packed") == 1 and len(names) == LAYERS
+    for name, tensor in before.items():
+        assert torch.equal(patcher.model.state_dict()[name], tensor)

@@ -21,7 +21,7 @@ def server(tiny_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
         yield running
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def picture_prompt() -> Callable[..., dict[str, Any]]:
     """Builds an API prompt that draws a 512-pixel picture; keyword arguments override inputs, given
     as node__input, for example ``sampler__steps=3``."""
