@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import json
 import platform
-import shlex
 import statistics
 import sys
 import time
@@ -52,7 +51,7 @@ def machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
-        "command": "python " + shlex.join(sys.argv),
+        "command": f"python benchmarks/{Path(sys.argv[0]).name}",
     }
 
 

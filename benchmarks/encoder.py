@@ -88,8 +88,8 @@ class Kept:
         self.tokenizer = self
 
     @staticmethod
-    def split(ids: list[int]) -> tuple[list[int], list[int]]:
-        return ids[:PREFIX], ids[PREFIX:]
+    def split(ids: list[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return tuple(ids[:PREFIX]), tuple(ids[PREFIX:])
 
 
 def ours(path: Path) -> dict[str, Any]:

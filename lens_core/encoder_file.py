@@ -42,6 +42,7 @@ class EncoderFile:
         self.path = path
         self.tokenizer_places = tuple(tokenizer_places)
         self.checkpoint: AnyCheckpoint = _open(path)
+        self._opened = _stamps(self.checkpoint)
         self.layout = encoder_layout(self.checkpoint)
         self._sizes = encoder_config(self.checkpoint, self.layout)
         plan_load(
@@ -109,9 +110,15 @@ class EncoderFile:
         """Fill a GptOssEncoder of this ``config``, built on the meta device: experts packed, the rest
         in ``dtype`` (None: as stored; what a GGUF has quantised becomes bf16).
 
-        The tensors end on the CPU. ``on_tensor(done, total)`` may raise to cancel. Dense experts are
+        Raises CheckpointError where a file is no longer the one that was opened. The tensors end on the
+        CPU. ``on_tensor(done, total)`` may raise to cancel. Dense experts are
         quantised on ``device``.
         """
+        if _stamps(self.checkpoint) != self._opened:
+            raise CheckpointError(
+                f"{self.name} has been changed or removed since it was chosen. Refresh the list (R) and run "
+                "again."
+            )
         quantize = ExpertQuantizer(device)
         load_into(
             encoder,
@@ -136,6 +143,12 @@ class EncoderFile:
         folder = self.path if self.path.is_dir() else self.path.parent
         beside = (folder, folder / "tokenizer", folder.parent / "tokenizer", folder.parent)
         return list(dict.fromkeys((*beside, *self.tokenizer_places)))
+
+
+def _stamps(checkpoint: AnyCheckpoint) -> list[tuple[int, int] | None]:
+    """Size and time of change of every file; None where it is gone."""
+    stats = [path.stat() if path.is_file() else None for path in checkpoint.paths]
+    return [stat and (stat.st_size, stat.st_mtime_ns) for stat in stats]
 
 
 def _open(path: Path) -> AnyCheckpoint:

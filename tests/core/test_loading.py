@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lens_core.config import LENS, LENS_BASE, LENS_TURBO, Variant
+from lens_core.encoder import GptOssEncoder
 from lens_core.errors import CheckpointError, CheckpointMismatch
 from lens_core.loading import load_denoiser, load_encoder, load_vae, open_encoder
 from lens_core.weights import open_checkpoint, variant_of
@@ -310,3 +311,16 @@ def test_the_tiny_single_files_say_their_variant(tiny_models: Path, tmp_path: Pa
 def test_the_variants_have_the_published_settings():
     settings = {variant.name: (variant.steps, variant.cfg) for variant in (LENS, LENS_TURBO, LENS_BASE)}
     assert settings == {"Lens": (20, 5.0), "Lens-Turbo": (4, 1.0), "Lens-Base": (50, 5.0)}
+
+
+@pytest.mark.parametrize("change", ["replaced", "removed"])
+def test_an_encoder_changed_since_it_was_opened_is_not_read(change: str, tiny_models: Path, tmp_path: Path):
+    """Its header would place other bytes under the names."""
+    path = tmp_path / "encoder.safetensors"
+    shutil.copy(tiny_models / "text_encoders" / "gpt_oss_tiny_mxfp4.safetensors", path)
+    file = open_encoder(path)
+    path.unlink()
+    if change == "replaced":
+        shutil.copy(tiny_models / "text_encoders" / "gpt_oss_tiny_nvfp4.safetensors", path)
+    with pytest.raises(CheckpointError, match="changed or removed since it was chosen"):
+        file.load(GptOssEncoder(file.config, dtype=torch.bfloat16, device="meta"), torch.bfloat16)
