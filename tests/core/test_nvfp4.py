@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lens_core.config import EncoderConfig
-from lens_core.encoder import GptOssEncoder
+from lens_core.encoder import GptOssEncoder, encode_prompts
 from lens_core.encoder.moe import PackedExperts
 from lens_core.kernels.eager import clamped_swiglu
 from lens_core.kernels.eager import experts as run_experts
@@ -213,9 +213,9 @@ def test_scales_may_be_stored_otherwise(
 
 
 def test_the_tiny_nvfp4_encoder_is_the_mxfp4_one_but_for_rounding(tiny_models: Path):
-    ids = torch.randint(0, 256, (1, 40))
-    want = load_encoder(tiny_models / MXFP4, torch.float32)[0](ids, torch.float32)
-    got = load_encoder(tiny_models / NVFP4, torch.float32)[0](ids, torch.float32)
+    ids = torch.randint(0, 256, (40,)).tolist()
+    encoders = (load_encoder(tiny_models / name, torch.float32)[0] for name in (MXFP4, NVFP4))
+    (want,), (got,) = (encode_prompts(one, (), [ids], "cpu", torch.float32) for one in encoders)
     error = per_token_l2(got, want)
     # Two 4-bit roundings of the same experts through 24 layers; another model's features are above 1.
     assert 1e-3 < error.median() < 0.5

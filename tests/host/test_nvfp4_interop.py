@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lens_core.encoder import encode_prompt
+from lens_core.encoder import encode_prompts
 from lens_core.loading import load_encoder
 from lens_core.tiny import models
 from tests.compare import per_token_l2
@@ -45,9 +45,8 @@ def stock_clip(host, path):
 def test_same_features_from_one_nvfp4_file(host, stock_clip, path):
     encoder, tokenizer = load_encoder(path, torch.float32)
     assert encoder.config.expert_format == "nvfp4"
-    tokens = tokenizer("a red circle")
-    cpu = torch.device("cpu")
-    got = encode_prompt(encoder, list(tokens.ids), tokens.prefix_length, cpu, torch.float32)
+    prefix, tail = tokenizer.split(tokenizer("a red circle").ids)
+    (got,) = encode_prompts(encoder, prefix, [tail], "cpu", torch.float32)
     (conditioning,) = host.run("CLIPTextEncode", clip=stock_clip, text="a red circle")
     want = conditioning[0][0].unflatten(-1, (4, models.DENOISER.enc_hidden_dim))
     differences = per_token_l2(got, want)
