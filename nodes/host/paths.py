@@ -50,6 +50,17 @@ def path_of(component: str, name: str) -> Path:
     return folder
 
 
+def stamp(component: str, name: str | None) -> str:
+    """Size and time of change of an option's files; "" where there are none (a linked name is None)."""
+    try:
+        path = path_of(component, name or "")
+    except CheckpointError:
+        return ""
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    stats = [(file.name, file.stat()) for file in files if file.is_file()]
+    return str([(file, stat.st_size, stat.st_mtime_ns) for file, stat in stats])
+
+
 def tokenizer_places() -> list[Path]:
     """Folders where a tokenizer.json may lie that an encoder file does not bring along."""
     encoders = [Path(root) for root in folder_paths.get_folder_paths("text_encoders")]

@@ -297,12 +297,20 @@ def test_a_broken_tokenizer_beside_the_file_is_said(host, places):
 
 
 def test_a_file_that_went_away_before_the_prompt(host, own_models, tiny_models, encode):
-    """Its tensors are read at the first prompt: by then it may be gone."""
+    """Its tensors are read at the first prompt: by then it may be gone, or another. The loader then runs
+    again, for its fingerprint is the file's."""
     path = own_models / "text_encoders" / "short_lived.safetensors"
     shutil.copy(tiny_models / "text_encoders" / NAME, path)
+    loader = host.node_classes["LensEncoderLoader"]
+    before = loader.fingerprint_inputs(encoder_name=path.name)
+    assert before and before == loader.fingerprint_inputs(encoder_name=path.name, placement="gpu")
     (clip,) = host.run("LensEncoderLoader", encoder_name=path.name, feature_cache=False)
     path.unlink()
-    with pytest.raises(OSError, match=r"short_lived\.safetensors"):
+    with pytest.raises(Exception, match=r"short_lived\.safetensors has been changed or removed") as error:
         encode(clip)
+    assert type(error.value).__name__ == "CheckpointError"
+    assert loader.fingerprint_inputs(encoder_name=path.name) != before
     shutil.copy(tiny_models / "text_encoders" / NAME, path)
+    assert loader.fingerprint_inputs(encoder_name=path.name) not in (before, "")
+    (clip,) = host.run("LensEncoderLoader", encoder_name=path.name, feature_cache=False)
     assert encode(clip)[0].isfinite().all()
