@@ -193,15 +193,13 @@ def stock_model(host: Host, own_models: Path, tiny_folder: Path) -> Any:
     return model
 
 
-@pytest.fixture(scope="session")
-def stock_clip(host: Host, tiny_models: Path) -> Any:
-    """ComfyUI's own Lens CLIP with the tiny weights, all in fp32."""
+def load_stock_clip(weights: dict[str, Any]) -> Any:
+    """ComfyUI's own Lens CLIP with the tiny sizes, computing in fp32."""
     import comfy.sd
 
     from lens_core.prompt import PromptTokenizer
     from lens_core.tiny import models
     from lens_core.tiny.tokenizer import tiny_tokenizer
-    from tests.host.helpers import comfyui_weights
 
     config = models.encoder_config(tiny_tokenizer().get_vocab_size())
     sizes = (
@@ -213,7 +211,7 @@ def stock_clip(host: Host, tiny_models: Path) -> Any:
         "num_local_experts",
     )
     return comfy.sd.load_text_encoder_state_dicts(
-        [comfyui_weights(tiny_models / "text_encoders" / "gpt_oss_tiny_mxfp4.safetensors")],
+        [weights],
         clip_type=comfy.sd.CLIPType.LENS,
         model_options={
             "dtype": torch.float32,
@@ -221,3 +219,11 @@ def stock_clip(host: Host, tiny_models: Path) -> Any:
             "txt_offset": len(PromptTokenizer(tiny_tokenizer()).prefix),
         },
     )
+
+
+@pytest.fixture(scope="session")
+def stock_clip(host: Host, tiny_models: Path) -> Any:
+    """ComfyUI's own Lens CLIP with the tiny weights, dequantised."""
+    from tests.host.helpers import comfyui_weights
+
+    return load_stock_clip(comfyui_weights(tiny_models / "text_encoders" / "gpt_oss_tiny_mxfp4.safetensors"))

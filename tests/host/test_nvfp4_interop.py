@@ -10,6 +10,7 @@ from lens_core.encoder import encode_prompts
 from lens_core.loading import load_encoder
 from lens_core.tiny import models
 from tests.compare import per_token_l2
+from tests.host.conftest import load_stock_clip
 
 
 @pytest.fixture(scope="module")
@@ -19,27 +20,8 @@ def path(tiny_models):
 
 @pytest.fixture(scope="module")
 def stock_clip(host, path):
-    """ComfyUI's own Lens CLIP from the file as it lies, computing in fp32."""
-    import comfy.sd
-
-    encoder, tokenizer = load_encoder(path, torch.float32)
-    sizes = (
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "num_local_experts",
-    )
-    return comfy.sd.load_text_encoder_state_dicts(
-        [load_file(path)],
-        clip_type=comfy.sd.CLIPType.LENS,
-        model_options={
-            "dtype": torch.float32,
-            "gpt_oss_config": {name: getattr(encoder.config, name) for name in sizes},
-            "txt_offset": len(tokenizer.prefix),
-        },
-    )
+    """ComfyUI's own Lens CLIP from the file as it lies."""
+    return load_stock_clip(load_file(path))
 
 
 def test_same_features_from_one_nvfp4_file(host, stock_clip, path):
