@@ -6,7 +6,6 @@ memory and the features kept on disk. A prompt seen before costs neither reading
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from functools import partial
 from typing import cast
@@ -23,8 +22,6 @@ from .memory.flat import Layout, assign
 from .memory.layers import OnLayer
 from .ops import CastingOperations
 from .weights.loader import OnTensor
-
-log = logging.getLogger(__name__)
 
 
 class TextEncoder:

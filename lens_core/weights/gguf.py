@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import mmap
 import struct
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -203,8 +204,8 @@ def _dequantize(info: TensorInfo, dtype: torch.dtype) -> Tensor:
     gguf = _package()
     kind = gguf.GGMLQuantizationType[info.dtype]
     result = torch.empty(info.shape, dtype=dtype)
-    rows = result.view(info.shape[0] if len(info.shape) > 1 else 1, -1)
-    raw = info if len(info.shape) > 1 else TensorInfo(info.path, (1, *info.shape), *_rest(info))
+    raw = info if len(info.shape) > 1 else replace(info, shape=(1, *info.shape))
+    rows = result.view(raw.shape[0], -1)
     for start, stop in raw.pieces():
         try:
             values = gguf.quants.dequantize(raw.bytes(start, stop).numpy(), kind)
@@ -215,7 +216,3 @@ def _dequantize(info: TensorInfo, dtype: torch.dtype) -> Tensor:
             ) from error
         rows[start:stop] = torch.from_numpy(values).view(stop - start, -1)
     return result
-
-
-def _rest(info: TensorInfo) -> tuple[str, int, int]:
-    return info.dtype, info.offset, info.nbytes

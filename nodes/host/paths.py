@@ -13,7 +13,7 @@ from pathlib import Path
 import folder_paths
 
 from ...lens_core.errors import CheckpointError
-from ...lens_core.loading import SUBFOLDERS
+from ...lens_core.loading import SUBFOLDERS, component_path
 
 _HOST_FOLDER = {"denoiser": "diffusion_models", "encoder": "text_encoders", "vae": "vae"}
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
@@ -53,7 +53,7 @@ def path_of(component: str, name: str) -> Path:
 def stamp(component: str, name: str | None) -> str:
     """Size and time of change of an option's files; "" where there are none (a linked name is None)."""
     try:
-        path = path_of(component, name or "")
+        path = component_path(path_of(component, name or ""), component)
     except CheckpointError:
         return ""
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
