@@ -8,11 +8,13 @@ command line passes ``torch.nn``. Attention is a plain callable for the same rea
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # A namespace with Linear, RMSNorm and Embedding, constructed like torch.nn's.
 Operations = Any
@@ -64,6 +66,31 @@ class Attention(Protocol):
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """PyTorch's own attention, the definition that other backends are held to."""
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+
+
+# cuDNN's attention at Lens' sizes takes two thirds of the time of the one that PyTorch prefers, and with a
+# mask a third (H200: 0.31, 0.47 and 0.48, 1.43 ms). Where cuDNN refuses, PyTorch takes the next by itself.
+_CUDNN_FIRST = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+
+
+def cudnn_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """``sdpa`` by cuDNN where that can."""
+    with sdpa_kernel(_CUDNN_FIRST, set_priority=True):
+        return sdpa(q, k, v, mask)
+
+
+@cache
+def fastest_attention(device: torch.device) -> Attention:
+    """PyTorch's attention with the backend that is fastest on ``device``."""
+    if device.type != "cuda" or torch.version.hip is not None or not torch.backends.cuda.cudnn_sdp_enabled():
+        return sdpa
+    # Hopper and data-centre Blackwell, where PyTorch's flash attention is still Ampere's.
+    return cudnn_sdpa if torch.cuda.get_device_capability(device)[0] in (9, 10) else sdpa
 
 
 def padding_mask(real: Tensor, before: int, dtype: torch.dtype) -> Tensor:

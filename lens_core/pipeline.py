@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .config import ENCODER_OPTIONS, EncoderOptions
-from .denoiser import LensDenoiser
+from .denoiser import DenoiserRun, LensDenoiser
 from .encoder import no_features
 from .errors import SettingError
 from .feature_cache import FeatureCache
@@ -77,8 +77,16 @@ class LensPipeline:
         positive = self.features(prompt)
         used = negative.strip() and cfg != 1
         unwanted = self.features(negative) if used else self.empty_features()
-        velocity = partial(self.velocity, positive=positive, negative=unwanted, cfg=cfg, grid=grid)
-        latents = euler(velocity, noise, sigmas(steps, noise.shape[1]).to(self.device), on_step)
+        levels = sigmas(steps, noise.shape[1])
+        velocity = partial(
+            self.velocity,
+            positive=self.denoiser.embed_text(positive),
+            negative=self.denoiser.embed_text(unwanted),
+            cfg=cfg,
+            grid=grid,
+            run=DenoiserRun(levels[:-1].tolist()),
+        )
+        latents = euler(velocity, noise, levels.to(self.device), on_step)
         return to_uint8(self.vae.decode(tokens_to_grid(latents, grid)))
 
     def features(self, prompt: str) -> Tensor:
@@ -121,14 +129,15 @@ class LensPipeline:
         negative: Tensor,
         cfg: float,
         grid: tuple[int, int],
+        run: DenoiserRun | None = None,
     ) -> Tensor:
-        """Guided velocity [B, N, C]; at cfg 1 the negative prompt is not evaluated."""
+        """Guided velocity [B, N, C] by embedded prompts [1, S, H]; at cfg 1 the negative is not evaluated."""
         batch = x.shape[0]
         level = sigma.expand(batch)
-        cond = self.denoiser(x, level, positive.expand(batch, -1, -1, -1), grid)
+        cond = self.denoiser(x, level, positive.expand(batch, -1, -1), grid, run=run)
         if cfg == 1:
             return cond
-        uncond = self.denoiser(x, level, negative.expand(batch, -1, -1, -1), grid)
+        uncond = self.denoiser(x, level, negative.expand(batch, -1, -1), grid, run=run)
         return norm_rescaled_guidance(cond, uncond, cfg)
 
     def noise(self, seed: int, batch: int, size: tuple[int, int]) -> Tensor:

@@ -1,5 +1,6 @@
 """Latents, text features and noise level to velocity."""
 
+from .run import DenoiserRun
 from .transformer import LensDenoiser
 
-__all__ = ["LensDenoiser"]
+__all__ = ["DenoiserRun", "LensDenoiser"]

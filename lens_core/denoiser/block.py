@@ -1,48 +1,55 @@
-"""One of the 48 blocks: joint attention and SwiGLU on an image and a text stream, each modulated
-by the time embedding.
+"""One of the 48 blocks: joint attention and SwiGLU on an image and a text stream, each modulated by the
+noise level.
 
-Module names are the checkpoint's own (LoRA files address them): ``img_mod.1`` is the linear behind
-a SiLU, ``attn.to_out.0`` sits in a list. An empty text stream (S = 0) costs nothing: no text layer
-runs, which is how the unconditional pass of an empty negative prompt is computed.
+Module names are the checkpoint's own (LoRA files address them): ``img_mod.1`` is the linear behind a SiLU,
+``attn.to_out.0`` sits in a list. Streams come as a sequence, the image's first: without a text stream no
+text layer runs. What lies between the matrix products is ``lens_core.kernels.block``'s.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import DenoiserConfig
+from ..kernels import BlockKernels
+from ..kernels.block import PARTS, HeadNorms, Rows
 from ..ops import Attention, Operations
-from .rope import apply_rotary
 
-Modulation = tuple[Tensor, Tensor, Tensor]
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Adaptive norm's affine part: x [B, T, H], shift and scale [B, 1, H]."""
-    return x * (1 + scale) + shift
+# Parts of a modulation table: see ``kernels.block.PARTS``.
+_ATTENTION_SHIFT, _ATTENTION_GATE, _MLP_SHIFT, _MLP_GATE = 0, 2, 3, 5
+# One block's tables [B, 6 H]: the image's and the text's.
+Tables = tuple[Tensor, Tensor]
 
 
-def split_modulation(table: Tensor) -> tuple[Modulation, Modulation]:
-    """[B, 6 H] -> (shift, scale, gate) of attention and of the MLP, each [B, 1, H]."""
-    shift1, scale1, gate1, shift2, scale2, gate2 = table.unsqueeze(1).chunk(6, dim=-1)
-    return (shift1, scale1, gate1), (shift2, scale2, gate2)
+@dataclass(frozen=True)
+class Shared:
+    """What all blocks of one forward share.
+
+    ``rotary`` [2, N + S, D / 2] in fp32, ``mask`` None or additive [B, 1, 1, N + S]; ``weight_of`` gives a
+    norm's weight as its caller's operations would use it beside x. ``text_queries``: the last block too
+    asks with the text's queries, though no one reads the answers (an attention override may count on them).
+    """
+
+    kernels: BlockKernels
+    attention: Attention
+    rotary: Tensor
+    mask: Tensor | None
+    weight_of: Callable[[Any, Tensor], Tensor]
+    text_queries: bool = False
 
 
 class SwiGLU(nn.Module):
-    """w2(silu(w1 x) * w3 x), without biases."""
+    """The linears of w2(silu(w1 x) * w3 x), without biases."""
 
     def __init__(self, hidden: int, inner: int, operations: Operations, **place: Any) -> None:
         super().__init__()
         self.w1 = operations.Linear(hidden, inner, bias=False, **place)
         self.w2 = operations.Linear(inner, hidden, bias=False, **place)
         self.w3 = operations.Linear(hidden, inner, bias=False, **place)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
 
 
 class JointAttention(nn.Module):
@@ -51,7 +58,6 @@ class JointAttention(nn.Module):
     def __init__(self, config: DenoiserConfig, operations: Operations, **place: Any) -> None:
         super().__init__()
         hidden, dim = config.hidden_size, config.attention_head_dim
-        self.head_dim = dim
         self.norm_q, self.norm_k, self.norm_added_q, self.norm_added_k = (
             operations.RMSNorm(dim, eps=config.qk_norm_eps, **place) for _ in range(4)
         )
@@ -60,66 +66,105 @@ class JointAttention(nn.Module):
         self.to_out = nn.ModuleList([operations.Linear(hidden, hidden, **place)])
         self.to_add_out = operations.Linear(hidden, hidden, **place)
 
-    def _heads(self, qkv: Tensor) -> tuple[Tensor, ...]:
-        """[B, T, 3 H] -> q, k, v, each [B, T, heads, D]."""
-        return qkv.unflatten(-1, (3, -1, self.head_dim)).unbind(-3)
-
-    def forward(
-        self, img: Tensor, txt: Tensor, rotary: Tensor, mask: Tensor | None, attention: Attention
-    ) -> tuple[Tensor, Tensor]:
-        """img [B, N, H], txt [B, S, H], rotary [2, N + S, D / 2] -> the same two shapes."""
-        q, k, v = self._heads(self.img_qkv(img))
-        q, k = self.norm_q(q), self.norm_k(k)
-        if txt.shape[1]:
-            txt_q, txt_k, txt_v = self._heads(self.txt_qkv(txt))
-            q = torch.cat([q, self.norm_added_q(txt_q)], dim=1)
-            k = torch.cat([k, self.norm_added_k(txt_k)], dim=1)
-            v = torch.cat([v, txt_v], dim=1)
-        q, k = apply_rotary(q, rotary), apply_rotary(k, rotary)
-        out = attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask)
-        img_out, txt_out = out.split([img.shape[1], txt.shape[1]], dim=1)
-        return self.to_out[0](img_out), self.to_add_out(txt_out) if txt.shape[1] else txt
+    def forward(self, streams: Sequence[Tensor], shared: Shared, image_only: bool) -> list[Tensor]:
+        """Streams [B, T, H] -> their updates; only the image's if no one will read the text's."""
+        qkv = _each((self.img_qkv, self.txt_qkv), streams)
+        pairs = ((self.norm_q, self.norm_k), (self.norm_added_q, self.norm_added_k))[: len(qkv)]
+        norms = [HeadNorms(shared.weight_of(q, qkv[0]), shared.weight_of(k, qkv[0]), q.eps) for q, k in pairs]
+        q, k, v = shared.kernels.joint_heads(qkv, norms, shared.rotary)
+        del qkv
+        image = streams[0].shape[1]
+        if image_only and not shared.text_queries:
+            q = q[:, :image]
+        out = shared.attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), shared.mask)
+        parts = (out[:, :image], out[:, image:])[: 1 if image_only else len(streams)]
+        return _each((self.to_out[0], self.to_add_out), parts)
 
 
 class LensBlock(nn.Module):
-    """Modulated joint attention, then a modulated SwiGLU, on both streams."""
+    """Modulated joint attention, then a modulated SwiGLU, on both streams.
 
-    def __init__(self, config: DenoiserConfig, operations: Operations, **place: Any) -> None:
+    After the ``last`` block only the image is used, so its text stream ends at K and V.
+    """
+
+    def __init__(
+        self, config: DenoiserConfig, operations: Operations, last: bool = False, **place: Any
+    ) -> None:
         super().__init__()
         hidden, inner = config.hidden_size, config.mlp_hidden_size
+        self.last = last
         self.attn = JointAttention(config, operations, **place)
         self.img_mod, self.txt_mod = (
-            nn.Sequential(nn.SiLU(), operations.Linear(hidden, 6 * hidden, **place)) for _ in range(2)
+            nn.Sequential(nn.SiLU(), operations.Linear(hidden, PARTS * hidden, **place)) for _ in range(2)
         )
         self.img_norm1, self.img_norm2, self.txt_norm1, self.txt_norm2 = (
             operations.RMSNorm(hidden, eps=config.norm_eps, **place) for _ in range(4)
         )
         self.img_mlp, self.txt_mlp = (SwiGLU(hidden, inner, operations, **place) for _ in range(2))
 
+    def tables(self, temb: Tensor) -> Tables:
+        """Modulation [B, 6 H] of image and text by a time embedding [B, H]."""
+        return self.img_mod(temb), self.txt_mod(temb)
+
     def forward(
+        self, streams: Sequence[Tensor], normed: Sequence[Tensor], tables: Tables, shared: Shared
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Streams [B, T, H] and ``enter``'s norms of them -> streams, and the MLPs' updates to them.
+
+        The updates are not added yet: that is one step with the next block's first norm.
+        """
+        kernels = shared.kernels
+        updates = self.attn(normed, shared, self.last)
+        norms = (self.img_norm2, self.txt_norm2)
+        rows = _rows(norms, zip(streams, updates, tables, strict=False), tables, shared)
+        streams, normed = kernels.add_modulate(rows, _ATTENTION_GATE, _MLP_SHIFT)
+        mlps = (self.img_mlp, self.txt_mlp)
+        gates = _each([mlp.w1 for mlp in mlps], normed)
+        gates = kernels.swiglu(gates, _each([mlp.w3 for mlp in mlps], normed))
+        return streams, _each([mlp.w2 for mlp in mlps], gates)
+
+    def enter(
         self,
-        img: Tensor,
-        txt: Tensor,
-        temb: Tensor,
-        rotary: Tensor,
-        mask: Tensor | None,
-        attention: Attention,
-    ) -> tuple[Tensor, Tensor]:
-        """img [B, N, H], txt [B, S, H], temb [B, H] -> the two streams after this block."""
-        (shift, scale, gate), img_mlp = split_modulation(self.img_mod(temb))
-        img_in = modulate(self.img_norm1(img), shift, scale)
-        if not txt.shape[1]:
-            img_attn, _ = self.attn(img_in, txt, rotary, mask, attention)
-            return self._mlp(img + gate * img_attn, self.img_norm2, self.img_mlp, img_mlp), txt
+        streams: Sequence[Tensor],
+        updates: Sequence[Tensor] | None,
+        before: Tables,
+        after: Tables,
+        shared: Shared,
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Add the block before's updates, if any, by its tables; -> streams, and their first norms."""
+        norms = (self.img_norm1, self.txt_norm1)
+        pending = zip(streams, updates or (None, None), before, strict=False)
+        return shared.kernels.add_modulate(_rows(norms, pending, after, shared), _MLP_GATE, _ATTENTION_SHIFT)
 
-        (shift, scale, txt_gate), txt_mlp = split_modulation(self.txt_mod(temb))
-        txt_in = modulate(self.txt_norm1(txt), shift, scale)
-        img_attn, txt_attn = self.attn(img_in, txt_in, rotary, mask, attention)
-        img = self._mlp(img + gate * img_attn, self.img_norm2, self.img_mlp, img_mlp)
-        txt = self._mlp(txt + txt_gate * txt_attn, self.txt_norm2, self.txt_mlp, txt_mlp)
-        return img, txt
 
-    @staticmethod
-    def _mlp(x: Tensor, norm: nn.Module, mlp: nn.Module, modulation: Modulation) -> Tensor:
-        shift, scale, gate = modulation
-        return x + gate * mlp(modulate(norm(x), shift, scale))
+def _rows(
+    norms: Sequence[Any],
+    pending: Iterable[tuple[Tensor, Tensor | None, Tensor]],
+    after: Tables,
+    shared: Shared,
+) -> list[Rows]:
+    """What ``kernels.add_modulate`` needs of each stream that goes on: x, update, table; norm, table."""
+    return [
+        Rows(x, update, before, shared.weight_of(norm, x), norm.eps, table)
+        for norm, (x, update, before), table in zip(norms, pending, after, strict=False)
+    ]
+
+
+def run_blocks(
+    blocks: Sequence[LensBlock], streams: Sequence[Tensor], tables: Sequence[Tables], shared: Shared
+) -> list[Tensor]:
+    """Streams [B, T, H] after ``blocks``, each with its tables; the image alone after the last block."""
+    updates: list[Tensor] | None = None
+    before = tables[0]
+    for block, after in zip(blocks, tables, strict=True):
+        streams, normed = block.enter(streams, updates, before, after, shared)
+        streams, updates = block(streams, normed, after, shared)
+        before = after
+    assert updates is not None
+    rows = [Rows(*row) for row in zip(streams, updates, before, strict=False)]
+    return shared.kernels.add_modulate(rows, _MLP_GATE, _ATTENTION_SHIFT)[0]
+
+
+def _each(layers: Sequence[nn.Module], streams: Sequence[Tensor]) -> list[Tensor]:
+    """Each stream through its layer; there are fewer streams than layers without a text."""
+    return [layer(x) for layer, x in zip(layers, streams, strict=False)]

@@ -42,11 +42,3 @@ def rotary_table(positions: Tensor, axes_dims: tuple[int, ...], theta: float) ->
         angles.append(positions[:, axis, None] * frequencies)
     angle = torch.cat(angles, dim=-1)
     return torch.stack([angle.cos(), angle.sin()]).float()
-
-
-def apply_rotary(x: Tensor, table: Tensor) -> Tensor:
-    """Rotate x [B, T, heads, D] by table [2, T, D / 2]; computed in fp32, returned in x's dtype."""
-    cos, sin = table[0, :, None, :], table[1, :, None, :]
-    real, imaginary = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    rotated = torch.stack([real * cos - imaginary * sin, real * sin + imaginary * cos], dim=-1)
-    return rotated.flatten(-2).to(x.dtype)

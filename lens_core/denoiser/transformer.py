@@ -1,24 +1,27 @@
 """The denoiser: text features, latents and noise level in, velocity out.
 
-This is the plain-torch definition that faster paths are held to. Traps that the checkpoint sets:
-values are not normalised and reach 1.4e5, the residual stream 3e7, so fp16 overflows (bf16 or fp32
-only); text features reach 1e4 and are normalised before anything else sees them; the output norm
-takes scale before shift, the opposite of FLUX.
+Without Triton this is, operation by operation, the definition in plain PyTorch that faster paths are held
+to. Traps that the checkpoint sets: values are not normalised and reach 1.4e5, the residual stream 3e7, so
+fp16 overflows (bf16 or fp32 only); text features reach 1e4 and are normalised before anything else sees
+them; the output norm takes scale before shift, the opposite of FLUX.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import DenoiserConfig
-from ..ops import Attention, Operations, padding_mask, sdpa
-from .block import LensBlock, modulate
-from .rope import joint_positions, rotary_table
+from ..kernels import EAGER_BLOCK, choose_block
+from ..kernels.block import modulate
+from ..ops import Attention, Operations, fastest_attention, padding_mask
+from .block import LensBlock, Shared, run_blocks
+from .run import DenoiserRun
 
 
 def round_sigma(sigma: Tensor, dtype: torch.dtype) -> Tensor:
@@ -66,8 +69,12 @@ class OutputNorm(nn.Module):
         self.linear = operations.Linear(config.hidden_size, 2 * config.hidden_size, **place)
         self.eps = config.norm_eps
 
-    def forward(self, x: Tensor, temb: Tensor) -> Tensor:
-        scale, shift = self.linear(F.silu(temb)).unsqueeze(1).chunk(2, dim=-1)
+    def table(self, temb: Tensor) -> Tensor:
+        """Time embedding [B, H] -> scale and shift [B, 2 H]."""
+        return self.linear(F.silu(temb))
+
+    def forward(self, x: Tensor, table: Tensor) -> Tensor:
+        scale, shift = table.unsqueeze(1).chunk(2, dim=-1)
         return modulate(F.layer_norm(x, x.shape[-1:], eps=self.eps), shift, scale)
 
 
@@ -95,7 +102,8 @@ class LensDenoiser(nn.Module):
         self.txt_in = operations.Linear(text * config.num_text_layers, hidden, **place)
         self.time_text_embed = TimeTextEmbed(config, operations, **place)
         self.transformer_blocks = nn.ModuleList(
-            LensBlock(config, operations, **place) for _ in range(config.num_layers)
+            LensBlock(config, operations, last=index == config.num_layers - 1, **place)
+            for index in range(config.num_layers)
         )
         self.norm_out = OutputNorm(config, operations, **place)
         self.proj_out = operations.Linear(hidden, config.in_channels, **place)
@@ -107,21 +115,51 @@ class LensDenoiser(nn.Module):
         text: Tensor,
         grid: tuple[int, int],
         text_real: Tensor | None = None,
-        attention: Attention = sdpa,
+        attention: Attention | None = None,
+        run: DenoiserRun | None = None,
     ) -> Tensor:
         """Velocity [B, N, C] of latents [B, N, C] at noise level sigma [B] in [0, 1].
 
-        ``text`` is [B, S, L, text hidden], S = 0 for an empty prompt; ``grid`` is (h, w) with
-        h * w = N; ``text_real`` [B, S] marks real tokens, None when all are (no mask is built).
+        ``text`` is [B, S, L, text hidden] or ``embed_text``'s [B, S, H], S = 0 for an empty prompt; ``grid``
+        is (h, w) with h * w = N; ``text_real`` [B, S] marks real tokens, None when all are (no mask is
+        built); ``attention`` is PyTorch's if None; ``run`` keeps what the steps of one picture share.
         """
+        run = DenoiserRun() if run is None else run
         img = self.img_in(latents)
-        txt = self.embed_text(text)
-        temb = self.embed_sigma(sigma, img.dtype)
-        rotary = self.rotary(grid, txt.shape[1], img.device)
+        txt = text if text.ndim == 3 else self.embed_text(text)
+        modulation = run.modulation(self, sigma, img.dtype)
         mask = None if text_real is None else padding_mask(text_real, img.shape[1], img.dtype)
-        for block in self.transformer_blocks:
-            img, txt = block(img, txt, temb, rotary, mask, attention)
-        return self.project_out(img, temb)
+        attention = attention or fastest_attention(img.device)
+        shared = self.shared(img, txt, grid, mask, attention, run)
+        streams = (img, txt) if txt.shape[1] else (img,)
+        img = run_blocks(self.blocks, streams, modulation.tables(), shared)[0]
+        return self.proj_out(self.norm_out(img, modulation.out))
+
+    @property
+    def blocks(self) -> Sequence[LensBlock]:
+        """The blocks, in order."""
+        return cast(Sequence[LensBlock], self.transformer_blocks)
+
+    def shared(
+        self,
+        img: Tensor,
+        txt: Tensor,
+        grid: tuple[int, int],
+        mask: Tensor | None,
+        attention: Attention,
+        run: DenoiserRun,
+    ) -> Shared:
+        """What all blocks share in a forward with streams img [B, N, H] and txt [B, S, H]."""
+        if img.requires_grad or txt.requires_grad:  # a training node: only the definitions have gradients
+            kernels = EAGER_BLOCK
+        else:
+            kernels = choose_block(img.device, img.dtype, self.config.attention_head_dim)
+        rotary = run.rotary(self, grid, txt.shape[1], img.device)
+        return Shared(kernels, attention, rotary, mask, self.weight_of)
+
+    def weight_of(self, norm: Any, x: Tensor) -> Tensor:
+        """A norm's weight for use beside x; a caller whose operations offload or patch it says otherwise."""
+        return norm.weight
 
     def embed_text(self, text: Tensor) -> Tensor:
         """[B, S, L, text hidden] -> [B, S, H]."""
@@ -135,13 +173,3 @@ class LensDenoiser(nn.Module):
         """[B] -> time embedding [B, H], with the reference's rounding of sigma."""
         features = time_features(round_sigma(sigma, dtype), self.config.time_channels)
         return self.time_text_embed.timestep_embedder(features.to(dtype))
-
-    def rotary(self, grid: tuple[int, int], text_length: int, device: torch.device) -> Tensor:
-        """Rotation table [2, N + S, D / 2] of the joint sequence."""
-        positions = joint_positions(*grid, text_length, device)
-        table = rotary_table(positions, self.config.axes_dims_rope, self.config.rope_theta)
-        return table.to(device)
-
-    def project_out(self, img: Tensor, temb: Tensor) -> Tensor:
-        """Image stream [B, N, H] -> velocity [B, N, C]."""
-        return self.proj_out(self.norm_out(img, temb))

@@ -6,9 +6,7 @@ before anything is computed, and the plain-PyTorch definition always remains.
 
 from __future__ import annotations
 
-import importlib.util
 import logging
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -17,7 +15,8 @@ import torch
 from torch import Tensor
 
 from ..quant import FORMATS
-from . import eager
+from . import backend, eager
+from .backend import apart
 from .bank import Bank, PackedMatrices
 from .plan import AttentionPlan, Block
 
@@ -25,8 +24,6 @@ log = logging.getLogger(__name__)
 
 # The largest e8m0 byte that the Triton kernels decode exactly: they multiply by 2^(byte - 1) in bf16.
 LARGEST_SCALE = 128
-# bf16 keeps 8 bits, so two paths that round at the same places differ by about 2^-9 = 2e-3.
-_SELF_TEST_LIMIT = 1e-2
 
 
 @dataclass(frozen=True)
@@ -45,7 +42,7 @@ EAGER = Kernels("torch", eager.add_norm, eager.attention, eager.route, eager.exp
 
 def choose(device: torch.device, dtype: torch.dtype, bank: Bank, largest_scale: int = 0) -> Kernels:
     """The fastest backend for ``bank`` on ``device`` in ``dtype``; ``largest_scale`` of all e8m0 bytes."""
-    if device.type != "cuda" and not _interpreted():
+    if device.type != "cuda" and not backend.interpreted():
         return EAGER
     reason = why_not_triton(device, dtype, bank, largest_scale)
     if reason is None:
@@ -60,20 +57,15 @@ def why_not_triton(
     """The first limit that is not met, in words; None where all are."""
     experts, hidden = bank.down.bias.shape
     inner = bank.gate_up.bias.shape[1] // 2
-    if dtype not in (torch.bfloat16, torch.float16):
-        return f"the encoder computes in {str(dtype).removeprefix('torch.')}, and they take 16-bit floats"
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed (Linux: it comes with PyTorch; Windows: pip install triton-windows)"
+    reason = backend.why_no_triton(device, dtype, "the encoder")
+    if reason is not None:
+        return reason
     if experts & (experts - 1):
         return f"{experts} experts are not a power of two"
     if hidden % 32 or inner % 32:
         return f"sizes {hidden} and {inner} are not multiples of 32"
     if largest_scale > LARGEST_SCALE:
         return f"a scale byte is {largest_scale}, and they take {LARGEST_SCALE} at most"
-    if device.type == "cuda" and torch.version.hip is None:
-        capability = torch.cuda.get_device_capability(device)
-        if capability < (8, 0):
-            return f"this GPU has compute capability {capability[0]}.{capability[1]}, and they need 8.0"
     form = bank.gate_up.format.name if isinstance(bank.gate_up, PackedMatrices) else "mxfp4"
     return _self_test(str(device), dtype, form, experts)
 
@@ -89,15 +81,9 @@ def triton_kernels() -> Kernels:
 @cache
 def _self_test(device: str, dtype: torch.dtype, format_name: str, experts: int) -> str | None:
     """Run a small layer's operations on both backends; None where they agree, else what happened."""
-    if _interpreted():
+    if backend.interpreted():
         return None
-    try:
-        error = _difference(torch.device(device), dtype, format_name, experts)
-    except Exception as problem:  # noqa: BLE001  a missing C compiler, driver or header has many types
-        return f"the self-test failed ({type(problem).__name__}: {str(problem).strip()[:200]})"
-    if error < _SELF_TEST_LIMIT:
-        return None
-    return f"the self-test differs from PyTorch by {error:.1e}"
+    return backend.self_test(lambda: _difference(torch.device(device), dtype, format_name, experts))
 
 
 def _difference(device: torch.device, dtype: torch.dtype, format_name: str, experts: int) -> float:
@@ -113,7 +99,7 @@ def _difference(device: torch.device, dtype: torch.dtype, format_name: str, expe
     update = eager.experts(x, chosen, routing, bank)
     got, want = triton_kernels(), EAGER
     return max(
-        _apart(kernel(*arguments), definition(*arguments))
+        apart(kernel(*arguments), definition(*arguments))
         for kernel, definition, arguments in (
             (got.add_norm, want.add_norm, (x.float(), x.unsqueeze(1), weight[0], 1e-5, dtype)),
             (got.add_norm, want.add_norm, (x.float(), update, None, 1e-5, dtype)),
@@ -134,14 +120,6 @@ def _queries_and_keys(normal: Callable[..., Tensor]) -> tuple:
     angle = positions.to(q.device)[:, None] * torch.linspace(1, 1e-4, 32, device=q.device)
     plan = AttentionPlan(blocks, positions, torch.stack([angle.cos(), angle.sin()]), 97, 128, q.dtype)
     return q, k, v, past, sinks, plan, True
-
-
-def _apart(got: tuple[Tensor | None, ...] | Tensor, want: tuple[Tensor | None, ...] | Tensor) -> float:
-    """Relative L2 of two results, the largest if they are several; infinite where one has NaN."""
-    if isinstance(got, Tensor) and isinstance(want, Tensor):
-        error = (got.double() - want.double()).norm() / want.double().norm()
-        return error.nan_to_num(nan=float("inf")).item()
-    return max(_apart(a, b) for a, b in zip(got, want, strict=True) if a is not None and b is not None)
 
 
 def random_bank(
@@ -168,11 +146,6 @@ def random_bank(
         return PackedMatrices(blocks, scales, scale, bias, form)
 
     return Bank(matrices(2 * inner, hidden), matrices(hidden, inner), 1.702, 7.0)
-
-
-def _interpreted() -> bool:
-    """Triton's interpreter runs the kernels on the CPU, for tests."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @cache

@@ -7,21 +7,28 @@ work here.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+import comfy.ops
 import comfy.patcher_extension
 import torch
-from comfy.ldm.modules.attention import optimized_attention
 from torch import Tensor
 
 from ...lens_core.config import DenoiserConfig
-from ...lens_core.denoiser import LensDenoiser
+from ...lens_core.denoiser import DenoiserRun, LensDenoiser
+from ...lens_core.denoiser.block import Shared, Tables, run_blocks
+from ...lens_core.denoiser.modulation import Modulation
 from ...lens_core.ops import padding_mask
 from ...lens_core.sampling import grid_to_tokens, tokens_to_grid
+from .attention import host_attention
+
+# Where transformer_options keep the DenoiserRun of the picture that is being sampled.
+RUN = "lens_run"
 
 
 class HostDenoiser(LensDenoiser):
-    """The denoiser over latents [B, C, h, w] and text features [B, S, L * H]."""
+    """The denoiser over latents [B, C, h, w] and text features [B, S, L * text hidden]."""
 
     def __init__(
         self,
@@ -73,31 +80,58 @@ class HostDenoiser(LensDenoiser):
         **_: Any,
     ) -> Tensor:
         options = dict(transformer_options or {})
+        run = options.get(RUN) or DenoiserRun()
         grid = (x.shape[-2], x.shape[-1])
-        img = self.img_in(grid_to_tokens(x))
-        txt = self.embed_text(self._features(context, x))
+        img, txt = self.img_in(grid_to_tokens(x)), self.text_stream(context, x)
         img, txt = _patched(options, "post_input", {"img": img, "txt": txt})
-        temb = self.embed_sigma(timestep, img.dtype)
-        rotary = self.rotary(grid, txt.shape[1], img.device)
+        modulation = run.modulation(self, timestep, img.dtype)
         mask = None
         if attention_mask is not None:
             mask = padding_mask(attention_mask, img.shape[1], img.dtype)
+        shared = self.shared(img, txt, grid, mask, host_attention(options, img.device), run)
+        if hooked(options, control):
+            img = self._hooked_blocks(x, img, txt, modulation, shared, options, control)
+        else:
+            streams = (img, txt) if txt.shape[1] else (img,)
+            img = run_blocks(self.blocks, streams, modulation.tables(), shared)[0]
+        return tokens_to_grid(self.proj_out(self.norm_out(img, modulation.out)), grid).contiguous()
 
-        options |= {"total_blocks": len(self.transformer_blocks), "block_type": "double"}
-        for index in range(len(self.transformer_blocks)):
+    def text_stream(self, context: Tensor | None, x: Tensor) -> Tensor:
+        """The text stream [B, S, H] of features [B, S, L * text hidden], or of itself; S = 0 without any."""
+        layers, width = self.config.num_text_layers, self.config.enc_hidden_dim
+        if context is None:
+            return x.new_zeros(x.shape[0], 0, self.config.hidden_size)
+        if context.shape[-1] != layers * width:
+            return context
+        return self.embed_text(context.unflatten(-1, (layers, width)))
+
+    def weight_of(self, norm: Any, x: Tensor) -> Tensor:
+        """A norm's weight, from where ComfyUI keeps it and patched if it is to be."""
+        weight = norm.weight
+        if weight.device == x.device and weight.dtype == x.dtype and not norm.weight_function:
+            return weight
+        return comfy.ops.cast_bias_weight(norm, x)[0]
+
+    def _hooked_blocks(
+        self,
+        x: Tensor,
+        img: Tensor,
+        txt: Tensor,
+        modulation: Modulation,
+        shared: Shared,
+        options: dict[str, Any],
+        control: dict[str, Any] | None,
+    ) -> Tensor:
+        """The image stream after all blocks, with whatever others want to see or change in between."""
+        options |= {"total_blocks": len(self.blocks), "block_type": "double"}
+        for index, tables in enumerate(modulation.tables()):
             options["block_index"] = index
-            img, txt = self._block(index, img, txt, temb, rotary, mask, options)
+            img, txt = self._block(index, img, txt, modulation.temb, tables, shared, options)
             img, txt = _patched(
                 options, "double_block", {"img": img, "txt": txt, "x": x, "block_index": index}
             )
             img = _add_control(img, control, index)
-        return tokens_to_grid(self.project_out(img, temb), grid).contiguous()
-
-    def _features(self, context: Tensor | None, x: Tensor) -> Tensor:
-        layers, width = self.config.num_text_layers, self.config.enc_hidden_dim
-        if context is None:
-            return x.new_zeros(x.shape[0], 0, layers, width)
-        return context.reshape(*context.shape[:2], layers, width)
+        return img
 
     def _block(
         self,
@@ -105,38 +139,48 @@ class HostDenoiser(LensDenoiser):
         img: Tensor,
         txt: Tensor,
         temb: Tensor,
-        rotary: Tensor,
-        mask: Tensor | None,
+        tables: Tables,
+        shared: Shared,
         options: dict[str, Any],
     ) -> tuple[Tensor, Tensor]:
         """One block, or what a ``patches_replace`` entry puts in its place."""
-        block = self.transformer_blocks[index]
-        heads = self.config.num_attention_heads
+        block = self.blocks[index]
 
         def run(args: dict[str, Any]) -> dict[str, Tensor]:
             own = args.get("transformer_options", options)
-
-            def attention(q: Tensor, k: Tensor, v: Tensor, joint: Tensor | None) -> Tensor:
-                return optimized_attention(
-                    q, k, v, heads, mask=joint, skip_reshape=True, transformer_options=own
-                )
-
-            new_img, new_txt = block(
-                args["img"], args["txt"], args["vec"], args["pe"], args.get("attn_mask"), attention
+            given = replace(
+                shared,
+                rotary=args["pe"],
+                mask=args.get("attn_mask"),
+                attention=host_attention(own, img.device),
+                text_queries=True,
             )
-            return {"img": new_img, "txt": new_txt}
+            changed = args["vec"] is not temb
+            streams = (args["img"], args["txt"]) if args["txt"].shape[1] else (args["img"],)
+            out = run_blocks([block], streams, [block.tables(args["vec"]) if changed else tables], given)
+            return {"img": out[0], "txt": out[1] if len(out) > 1 else args["txt"]}
 
         args = {
             "img": img,
             "txt": txt,
             "vec": temb,
-            "pe": rotary,
-            "attn_mask": mask,
+            "pe": shared.rotary,
+            "attn_mask": shared.mask,
             "transformer_options": options,
         }
-        replace = options.get("patches_replace", {}).get("dit", {}).get(("double_block", index))
-        out = run(args) if replace is None else replace(args, {"original_block": run})
+        instead = options.get("patches_replace", {}).get("dit", {}).get(("double_block", index))
+        out = run(args) if instead is None else instead(args, {"original_block": run})
         return out["img"], out["txt"]
+
+
+def hooked(options: dict[str, Any], control: dict[str, Any] | None) -> bool:
+    """Whether anyone wants to see or change what passes between the blocks."""
+    return bool(
+        control
+        or options.get("patches", {}).get("double_block")
+        or options.get("patches_replace", {}).get("dit")
+        or "optimized_attention_override" in options
+    )
 
 
 def _patched(options: dict[str, Any], name: str, args: dict[str, Any]) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,7 @@ import comfy.latent_formats
 import comfy.model_base
 import comfy.model_management
 import comfy.model_patcher
+import comfy.patcher_extension
 import comfy.supported_models_base
 import torch
 from torch import Tensor
@@ -34,9 +35,10 @@ from ...lens_core.weights import (
     open_checkpoint,
     variant_of,
 )
-from .denoiser import HostDenoiser
+from .denoiser import RUN, HostDenoiser
 from .progress import on_progress
 from .reader import host_reader
+from .run import sample_with_run
 
 log = logging.getLogger(__name__)
 _TOKENS_1024 = 64 * 64
@@ -81,10 +83,26 @@ class LensModel(comfy.model_base.BaseModel):
         if text is None:
             return out
         require_text(self.model_config, text, kwargs.get("prompt_type", "text"))
+        if kwargs.get("hooks") is None:  # once a run; hooks may change the projection's weights at any step
+            text = self.embed_text(text, kwargs["device"])
         out["c_crossattn"] = comfy.conds.CONDRegular(text)
         if mask is not None and not bool(mask.all()):
             out["attention_mask"] = comfy.conds.CONDRegular(mask)
         return out
+
+    def embed_text(self, text: Tensor, device: torch.device) -> Tensor:
+        """Text features [B, S, L * text hidden] -> the text stream [B, S, H] that the blocks begin with."""
+        text = text.to(device, self.get_dtype_inference())
+        return self.diffusion_model.text_stream(text, text)
+
+    def _apply_model(
+        self, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **kwargs
+    ):
+        """ComfyUI's, without what the run keeps where a hook has changed the weights since."""
+        options = dict(transformer_options or {})
+        if getattr(self.current_patcher, "current_hooks", None) is not None:
+            options.pop(RUN, None)
+        return super()._apply_model(x, t, c_concat, c_crossattn, control, options, **kwargs)
 
 
 def require_text(model_config: Any, text: Tensor, which: str) -> None:
@@ -136,6 +154,7 @@ def load_model(path: Path, dtype: torch.dtype | None, disable_dynamic: bool = Fa
     patcher_class = patchers.ModelPatcher if disable_dynamic else patchers.CoreModelPatcher
     patcher = patcher_class(model, load_device=device, offload_device=offload_device)
     patcher.set_model_sampler_cfg_function(lens_cfg_function)
+    patcher.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.SAMPLER_SAMPLE, "lens", sample_with_run)
     # How ComfyUI makes the same model anew for another device; 0: the first of what is returned.
     patcher.cached_patcher_init = (load_model, (path, dtype), 0)
     return patcher, variant

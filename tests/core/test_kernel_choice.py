@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lens_core.encoder.moe import DenseExperts
-from lens_core.kernels import Bank, DenseMatrices, choose, registry
+from lens_core.kernels import Bank, DenseMatrices, backend, choose, registry
 from lens_core.kernels.registry import EAGER, random_bank, why_not_triton
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -144,7 +144,7 @@ def test_a_dense_bank_is_judged_like_any_other():
 
 def test_a_difference_is_seen_wherever_it_is():
     ones, nothing = torch.ones(4), torch.full((4,), float("nan"))
-    assert registry._apart(ones, ones) == 0
-    assert registry._apart(nothing, ones) == registry._apart((ones, nothing), (ones, ones)) == float("inf")
-    assert registry._apart((ones, None), (ones, None)) == 0
-    assert registry._apart((ones * 1.1, ones), (ones, ones)) == pytest.approx(0.1, rel=1e-5)
+    assert backend.apart(ones, ones) == 0
+    assert backend.apart(nothing, ones) == backend.apart((ones, nothing), (ones, ones)) == float("inf")
+    assert backend.apart((ones, None), (ones, None)) == 0
+    assert backend.apart((ones * 1.1, ones), (ones, ones)) == pytest.approx(0.1, rel=1e-5)

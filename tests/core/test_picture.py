@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lens_core.denoiser import run
 from lens_core.pipeline import LensPipeline
 from lens_core.sampling import sigmas
 from tests.compare import relative_l2
@@ -105,8 +106,8 @@ def encode_the_empty_negative(monkeypatch: pytest.MonkeyPatch, pipeline: LensPip
 
 
 def transpose_the_grid(monkeypatch: pytest.MonkeyPatch, pipeline: LensPipeline) -> None:
-    rotary = pipeline.denoiser.rotary
-    monkeypatch.setattr(pipeline.denoiser, "rotary", lambda grid, *rest: rotary(grid[::-1], *rest))
+    positions = run.joint_positions
+    monkeypatch.setattr(run, "joint_positions", lambda h, w, *rest: positions(w, h, *rest))
 
 
 @pytest.mark.parametrize(

@@ -159,8 +159,8 @@ def test_sampler_equals_the_pipeline(tiny, draw, tiny_folder):
     noise = reference_noise(5, 1, 24, 128, torch.bfloat16, "cpu").float()
     velocity = partial(
         pipeline.velocity,
-        positive=pipeline.features("a red circle"),
-        negative=pipeline.empty_features(),
+        positive=pipeline.denoiser.embed_text(pipeline.features("a red circle")),
+        negative=pipeline.denoiser.embed_text(pipeline.empty_features()),
         cfg=5.0,
         grid=GRID,
     )

@@ -23,5 +23,5 @@ def _poisoned_memory(monkeypatch: pytest.MonkeyPatch):
 
         return filled
 
-    monkeypatch.setattr("lens_core.kernels.triton.launch.torch.empty", poisoned(torch.empty))
-    monkeypatch.setattr("lens_core.kernels.triton.launch.torch.empty_like", poisoned(torch.empty_like))
+    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lens_core.encoder import GptOssEncoder, PrefixCache, encode_prompts
-from lens_core.kernels import choose, registry
+from lens_core.kernels import backend, choose, registry
 from lens_core.kernels.triton import launch
 from lens_core.loading import load_encoder
 from tests.compare import per_token_l2
@@ -60,7 +60,7 @@ def test_a_first_run_gives_the_same_bits_as_later_ones(encoder: GptOssEncoder):
 @pytest.mark.parametrize("form", ["mxfp4", "nvfp4"])
 def test_the_self_test_passes(form: str, dtype: torch.dtype):
     # The interpreter cuts fp32 to bf16 instead of rounding it, which attention adds up.
-    limit = registry._SELF_TEST_LIMIT * (1 if dtype == torch.float16 else 2)
+    limit = backend.SELF_TEST_LIMIT * (1 if dtype == torch.float16 else 2)
     assert registry._difference(CPU, dtype, form, 8) < limit
 
 
@@ -112,7 +112,7 @@ def test_a_kernel_that_fails_its_self_test_is_not_used(
     operation: str, mistake: Callable, said: str, monkeypatch: pytest.MonkeyPatch
 ):
     bank = registry.random_bank(8, 64, 64, "mxfp4", torch.Generator(), CPU)
-    monkeypatch.setattr(registry, "_interpreted", lambda: False)  # where it would not be tested
+    monkeypatch.setattr(backend, "interpreted", lambda: False)  # where it would not be tested
     monkeypatch.setattr(launch, operation, mistake(operation))
     reason = registry.why_not_triton(CPU, HALF, bank)
     assert reason is not None and said in reason

@@ -1,0 +1,95 @@
+"""Which kernels the denoiser's blocks run on: declared limits decide, and a self-test at first use."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from . import backend, block
+from .block import HeadNorms, Rows
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class BlockKernels:
+    """One backend's operations; signatures and meaning are those of ``kernels.block``."""
+
+    name: str
+    add_modulate: Callable[..., tuple[list[Tensor], list[Tensor]]]
+    joint_heads: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    swiglu: Callable[..., list[Tensor]]
+
+
+EAGER_BLOCK = BlockKernels("torch", block.add_modulate, block.joint_heads, block.swiglu)
+
+
+@cache
+def choose_block(device: torch.device, dtype: torch.dtype, head_dim: int) -> BlockKernels:
+    """The fastest backend on ``device`` in ``dtype``; why it is not Triton on a GPU is logged once."""
+    if device.type != "cuda" and not backend.interpreted():
+        return EAGER_BLOCK
+    reason = why_not_triton_block(device, dtype, head_dim)
+    if reason is None:
+        return triton_block_kernels()
+    log.warning(
+        "The denoiser runs in plain PyTorch between its matrix products, slower than with Triton: %s.",
+        reason,
+    )
+    return EAGER_BLOCK
+
+
+def why_not_triton_block(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """The first limit that is not met, in words; None where all are."""
+    reason = backend.why_no_triton(device, dtype, "the denoiser")
+    if reason is None and (head_dim & (head_dim - 1) or head_dim < 4):
+        reason = f"a head has {head_dim} channels, and they take powers of two"
+    if reason is None and not backend.interpreted():
+        reason = backend.self_test(lambda: difference(device, dtype, head_dim))
+    return reason
+
+
+@cache
+def triton_block_kernels() -> BlockKernels:
+    """The Triton backend; import only once its limits are met."""
+    from .triton import block_launch
+
+    return BlockKernels("triton", block_launch.add_modulate, block_launch.joint_heads, block_launch.swiglu)
+
+
+def difference(device: torch.device, dtype: torch.dtype, head_dim: int) -> float:
+    """The largest relative L2 between the backends' operations, each on the same random input."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device, dtype)
+
+    heads = 6
+    hidden = heads * head_dim
+    tables = [normal(2, 6 * hidden) for _ in range(4)]
+    rows = [  # image and text
+        Rows(normal(2, tokens, hidden), normal(2, tokens, hidden), before, normal(hidden), 1e-6, after)
+        for tokens, before, after in ((37, tables[0], tables[1]), (5, tables[2], tables[3]))
+    ]
+    angle = torch.randn(42, head_dim // 2, generator=generator).to(device)
+    rotary = torch.stack([angle.cos(), angle.sin()])
+    norms = [HeadNorms(normal(head_dim), normal(head_dim), 1e-6) for _ in range(2)]
+    qkv = [normal(2, tokens, 3 * hidden) for tokens in (37, 5)]
+    entering = [row._replace(update=None) for row in rows[:1]]
+    leaving = [row._replace(weight=None) for row in rows]
+
+    def run(kernels: BlockKernels) -> tuple[Tensor, ...]:
+        totals, normed = kernels.add_modulate(rows, 5, 0)
+        both = kernels.joint_heads([x.clone() for x in qkv], norms, rotary)
+        image = kernels.joint_heads([qkv[0].clone()], norms[:1], rotary[:, :37].contiguous())
+        gated = kernels.swiglu([x.clone() for x in qkv], qkv)
+        _, entered = kernels.add_modulate(entering, 2, 3)
+        left, _ = kernels.add_modulate(leaving, 2, 3)
+        return (*totals, *normed, *both, *image, *gated, *entered, *left)
+
+    return backend.apart(run(triton_block_kernels()), run(EAGER_BLOCK))

@@ -1,0 +1,150 @@
+"""The denoiser's work between its matrix products: each number is read once and written once.
+
+Every kernel takes the image and the text stream in one launch (the first programs are the image's): on
+their own, the few text rows would leave most of the GPU idle.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _modulated_rows(
+    x, update, total, normed, before, weight, after, row, tokens, eps,
+    H: tl.constexpr, BLOCK: tl.constexpr, GATE: tl.constexpr, SHIFT: tl.constexpr,
+    ADD: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    """Rows ``row`` [R, 1] of one stream of one picture."""
+    dtype: tl.constexpr = x.dtype.element_ty
+    column = tl.arange(0, BLOCK)[None, :]
+    inside = column < H
+    ok = inside & (row < tokens)
+    at = row * H + column
+    value = tl.load(x + at, mask=ok, other=0).to(tl.float32)
+    if ADD:
+        gate = tl.load(before + GATE * H + column, mask=inside, other=0).to(tl.float32)
+        value += gate * tl.load(update + at, mask=ok, other=0).to(tl.float32)
+        rounded = value.to(dtype)
+        tl.store(total + at, rounded, mask=ok)
+        value = rounded.to(tl.float32)  # as the next block will read it
+    if NORM:
+        factor = 1 + tl.load(after + (SHIFT + 1) * H + column, mask=inside, other=0).to(tl.float32)
+        factor *= tl.load(weight + column, mask=inside, other=0).to(tl.float32)
+        shift = tl.load(after + SHIFT * H + column, mask=inside, other=0).to(tl.float32)
+        value *= tl.rsqrt(tl.sum(value * value, 1) / H + eps)[:, None]
+        tl.store(normed + at, (value * factor + shift).to(dtype), mask=ok)
+
+
+@triton.jit
+def add_modulate(
+    img, img_update, img_total, img_normed, img_before, img_weight, img_after, img_tokens,
+    img_before_stride, img_after_stride, img_eps,
+    txt, txt_update, txt_total, txt_normed, txt_before, txt_weight, txt_after, txt_tokens,
+    txt_before_stride, txt_after_stride, txt_eps,
+    H: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, GATE: tl.constexpr, SHIFT: tl.constexpr,
+    ADD: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    """Streams [B, T, H]; their tables [B, 6 H] have one row a picture, at strides of their own."""
+    program = tl.program_id(0)
+    batch = tl.program_id(1).to(tl.int64)
+    image_programs = tl.cdiv(img_tokens, ROWS)
+    lane = tl.arange(0, ROWS)[:, None]
+    if program < image_programs:
+        base = batch * img_tokens * H
+        _modulated_rows(
+            img + base, img_update + base, img_total + base, img_normed + base,
+            img_before + batch * img_before_stride, img_weight, img_after + batch * img_after_stride,
+            program * ROWS + lane, img_tokens, img_eps, H, BLOCK, GATE, SHIFT, ADD, NORM,
+        )  # fmt: skip
+    else:
+        base = batch * txt_tokens * H
+        _modulated_rows(
+            txt + base, txt_update + base, txt_total + base, txt_normed + base,
+            txt_before + batch * txt_before_stride, txt_weight, txt_after + batch * txt_after_stride,
+            (program - image_programs) * ROWS + lane, txt_tokens, txt_eps, H, BLOCK, GATE, SHIFT, ADD, NORM,
+        )  # fmt: skip
+
+
+@triton.jit
+def _head_rows(
+    source, target, target_stride, weight, rotary, half, token, joint, tokens, eps, part,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """One of q, k and v of some tokens [R, 1, 1] of one stream of one picture."""
+    ok = token < tokens
+    channel = tl.arange(0, D)[None, None, :]
+    pair = tl.arange(0, D // 2)[None, None, :]
+    cos = tl.load(rotary + joint * (D // 2) + pair, mask=ok, other=0)
+    sin = tl.load(rotary + half + joint * (D // 2) + pair, mask=ok, other=0)
+    gain = tl.load(weight + channel).to(tl.float32)
+    for first in tl.static_range(0, HEADS, GROUP):
+        head = first + tl.arange(0, GROUP)[None, :, None]
+        value = tl.load(source + ((token * 3 + part) * HEADS + head) * D + channel, mask=ok, other=0)
+        if part < 2:
+            x = value.to(tl.float32)
+            x = x * tl.rsqrt(tl.sum(x * x, 2) / D + eps)[:, :, None] * gain
+            real, imaginary = tl.split(tl.reshape(x, (x.shape[0], GROUP, D // 2, 2)))
+            turned = tl.join(real * cos - imaginary * sin, real * sin + imaginary * cos)
+            value = tl.reshape(turned, (x.shape[0], GROUP, D)).to(value.dtype)
+        tl.store(target + joint * target_stride + head * D + channel, value, mask=ok)
+
+
+@triton.jit
+def joint_heads(
+    img, txt, out, rotary, img_q, img_k, img_eps, txt_q, txt_k, txt_eps, img_tokens, txt_tokens,
+    part_stride, batch_stride, token_stride,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """img and txt [B, T, 3, HEADS, D] -> q and k, normed and rotated, and v, in ``out`` at its strides.
+
+    rotary [2, N + S, D / 2]. Each number is read by the program that writes it, so ``out`` may be ``img``.
+    """
+    program = tl.program_id(0)
+    part = tl.program_id(1)
+    batch = tl.program_id(2).to(tl.int64)
+    half = (img_tokens + txt_tokens) * (D // 2)
+    target = out + part * part_stride + batch * batch_stride
+    image_programs = tl.cdiv(img_tokens, ROWS)
+    lane = tl.arange(0, ROWS)[:, None, None]
+    if program < image_programs:
+        weight = img_q
+        if part == 1:
+            weight = img_k
+        token = program * ROWS + lane
+        _head_rows(
+            img + batch * img_tokens * (3 * HEADS * D), target, token_stride, weight, rotary, half,
+            token, token, img_tokens, img_eps, part, HEADS, GROUP, D,
+        )  # fmt: skip
+    else:
+        weight = txt_q
+        if part == 1:
+            weight = txt_k
+        token = (program - image_programs) * ROWS + lane
+        _head_rows(
+            txt + batch * txt_tokens * (3 * HEADS * D), target, token_stride, weight, rotary, half,
+            token, img_tokens + token, txt_tokens, txt_eps, part, HEADS, GROUP, D,
+        )  # fmt: skip
+
+
+@triton.jit
+def _gated(gate, up, at, ok):
+    """silu(gate) * up in place of the gate."""
+    g = tl.load(gate + at, mask=ok, other=0).to(tl.float32)
+    u = tl.load(up + at, mask=ok, other=0).to(tl.float32)
+    tl.store(gate + at, (g * tl.sigmoid(g) * u).to(gate.dtype.element_ty), mask=ok)
+
+
+@triton.jit
+def swiglu(img, img_up, txt, txt_up, img_count, txt_count, BLOCK: tl.constexpr):
+    """silu(gate) * up in place of each stream's gate, over its ``count`` numbers."""
+    program = tl.program_id(0)
+    image_programs = tl.cdiv(img_count, BLOCK)
+    lane = tl.arange(0, BLOCK)
+    if program < image_programs:
+        at = program.to(tl.int64) * BLOCK + lane
+        _gated(img, img_up, at, at < img_count)
+    else:
+        at = (program - image_programs).to(tl.int64) * BLOCK + lane
+        _gated(txt, txt_up, at, at < txt_count)
