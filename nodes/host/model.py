@@ -16,7 +16,6 @@ import comfy.conds
 import comfy.latent_formats
 import comfy.model_base
 import comfy.model_management
-import comfy.model_patcher
 import comfy.patcher_extension
 import comfy.supported_models_base
 import torch
@@ -38,6 +37,7 @@ from ...lens_core.weights import (
 from .denoiser import RUN, HostDenoiser
 from .progress import on_progress
 from .reader import host_reader
+from .residency import patcher_class
 from .run import sample_with_run
 
 log = logging.getLogger(__name__)
@@ -150,9 +150,7 @@ def load_model(path: Path, dtype: torch.dtype | None, disable_dynamic: bool = Fa
         read=host_reader(checkpoint),
         on_tensor=on_progress(),
     )
-    patchers = comfy.model_patcher
-    patcher_class = patchers.ModelPatcher if disable_dynamic else patchers.CoreModelPatcher
-    patcher = patcher_class(model, load_device=device, offload_device=offload_device)
+    patcher = patcher_class(disable_dynamic)(model, load_device=device, offload_device=offload_device)
     patcher.set_model_sampler_cfg_function(lens_cfg_function)
     patcher.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.SAMPLER_SAMPLE, "lens", sample_with_run)
     # How ComfyUI makes the same model anew for another device; 0: the first of what is returned.
