@@ -3,17 +3,22 @@
 The layer store takes ``cpu:0`` for another device than ``cpu``, where the masters lie, so layers are made
 resident and streamed as on a GPU. What is used is counted from the tensors of the resident layers, not
 from what our patcher says.
+
+The denoiser's weights ComfyUI moves by itself, and PyTorch calls the two devices one: a move copies nothing
+and leaves no trace on a tensor. Moves of modules are noted instead.
 """
 
 from __future__ import annotations
 
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import pytest
 import torch
 
 GPU = torch.device("cpu:0")
 CPU = torch.device("cpu")
+_MOVE = torch.nn.Module.to
 
 
 def resident_bytes(patcher: Any) -> int:
@@ -27,19 +32,37 @@ def resident_bytes(patcher: Any) -> int:
     return sum(pieces.values())
 
 
+def own_bytes(module: torch.nn.Module) -> int:
+    """Bytes of a module's tensors, without those of the modules inside."""
+    tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    return sum(tensor.nbytes for tensor in tensors)
+
+
 class FakeGpu:
-    """``capacity`` bytes, of which ``taken`` are other programs'. ``encoders`` are counted."""
+    """``capacity`` bytes, of which ``taken`` are other programs'. ``encoders`` are counted, and ``here``,
+    the modules that were moved to it."""
 
     def __init__(self, capacity: float) -> None:
         self.capacity, self.taken = capacity, 0.0
         self.encoders: list[Any] = []
+        self.here: WeakKeyDictionary[torch.nn.Module, bool] = WeakKeyDictionary()
+
+    def move(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.nn.Module:
+        """In place of Module.to, which it calls: notes where to."""
+        device = torch._C._nn._parse_to(*args, **kwargs)[0]
+        for inner in module.modules() if device is not None else ():
+            self.here.pop(inner, None)
+            if device == GPU:
+                self.here[inner] = True
+        return _MOVE(module, *args, **kwargs)
 
     def free(self, device: torch.device | None = None, torch_free_too: bool = False) -> Any:
         """In place of ComfyUI's get_free_memory."""
         if device == CPU:
             return (1 << 40, 1 << 40) if torch_free_too else 1 << 40
         models = {id(patcher.model): patcher for patcher in self.encoders}
-        left = self.capacity - self.taken - sum(map(resident_bytes, models.values()))
+        used = sum(map(resident_bytes, models.values())) + sum(map(own_bytes, self.here))
+        left = self.capacity - self.taken - used
         return (left, 0) if torch_free_too else left
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
@@ -60,4 +83,33 @@ class FakeGpu:
         }
         for name, value in replaced.items():
             monkeypatch.setattr(management, name, value)
+        monkeypatch.setattr(torch.nn.Module, "to", lambda *args, **kwargs: self.move(*args, **kwargs))
         return self
+
+
+class NoHostBuffer:
+    """In place of comfy-aimdo's page-locked memory: none."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        self.size = 0
+
+
+class AddressSpace:
+    """In place of comfy-aimdo's, which hands out places upwards and frees the highest first. Empty."""
+
+    def __init__(self, size: int, device: int) -> None:
+        self.end = 0
+
+    def alloc(self, size: int) -> tuple[AddressSpace, int, int]:
+        place = (self, self.end, size)
+        self.end += size
+        return place
+
+    def prioritize(self) -> None:
+        pass
+
+    def loaded_size(self) -> int:
+        return 0
+
+    def free_memory(self, size: int) -> int:
+        return 0

@@ -13,12 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-
-class NoHostBuffer:
-    """In place of comfy-aimdo's pinned memory."""
-
-    def __init__(self, *_, **__) -> None:
-        self.size = 0
+from tests.host.fake_gpu import NoHostBuffer
 
 
 def plain_reader(path, return_metadata=False, **_):
@@ -42,12 +37,10 @@ def dynamic(lazy, monkeypatch):
     import comfy.model_patcher
     import comfy_aimdo.host_buffer
 
-    class Dynamic(comfy.model_patcher.ModelPatcherDynamic):
-        def __new__(cls, *_, **__):
-            return object.__new__(cls)
-
+    patcher = comfy.model_patcher.ModelPatcherDynamic
+    monkeypatch.setattr(patcher, "__new__", lambda cls, *_, **__: object.__new__(cls))
     monkeypatch.setattr(comfy_aimdo.host_buffer, "HostBuffer", NoHostBuffer)
-    monkeypatch.setattr(comfy.model_patcher, "CoreModelPatcher", Dynamic)
+    monkeypatch.setattr(comfy.model_patcher, "CoreModelPatcher", patcher)
 
 
 def test_layers_are_lazy_here(lazy):
