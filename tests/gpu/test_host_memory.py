@@ -1,4 +1,5 @@
-"""The encoder under ComfyUI's memory manager, in this process: what another model's load takes back."""
+"""The encoder and the denoiser under ComfyUI's memory manager, in this process: what another model's load
+takes back, and what stays off a small GPU."""
 
 from __future__ import annotations
 
@@ -12,6 +13,8 @@ import psutil
 import pytest
 import torch
 
+from lens_core.denoiser.modulation import is_modulation
+
 PACK = Path(__file__).parents[2]
 ROUNDS = 100
 pytestmark = pytest.mark.gpu
@@ -20,7 +23,7 @@ CUDA = torch.device("cuda", 0)
 
 @pytest.fixture(scope="module")
 def comfy():
-    """ComfyUI's memory manager and patcher, and the pack's module that makes CLIPs."""
+    """ComfyUI's memory manager and patcher, and what makes the pack's CLIPs and MODELs."""
     sys.path.insert(0, os.environ["COMFYUI_PATH"])
     import comfy.model_management
     import comfy.model_patcher
@@ -30,9 +33,13 @@ def comfy():
     )
     sys.modules["lens_pack"] = importlib.util.module_from_spec(spec)
     clip = importlib.import_module("lens_pack.nodes.host.clip")
+    model = importlib.import_module("lens_pack.nodes.host.model")
     importlib.import_module("lens_pack.nodes.host.paths").register_folders()
     return SimpleNamespace(
-        management=comfy.model_management, patcher=comfy.model_patcher.ModelPatcher, load_clip=clip.load_clip
+        management=comfy.model_management,
+        patcher=comfy.model_patcher.ModelPatcher,
+        load_clip=clip.load_clip,
+        load_model=model.load_model,
     )
 
 
@@ -146,3 +153,25 @@ print(peak() - before)
     used, size = int(result.stdout.split()[-1]), path.stat().st_size
     print(f"{used / 1e9:.2f} GB of RAM for a file of {size / 1e9:.2f} GB")
     assert used <= 1.1 * size
+
+
+def test_modulation_stays_off_a_small_gpu(comfy, full_models: Path, monkeypatch: pytest.MonkeyPatch):
+    """With 6.4 GB, of which ComfyUI keeps 0.9 for computing and two linears for streaming: all the other
+    weights of the denoiser are on the GPU, the modulation's are not."""
+    management = comfy.management
+    management.unload_all_models()
+    path = full_models / "diffusion_models" / "lens_turbo_bf16.safetensors"
+    model, _ = comfy.load_model(path, torch.bfloat16, disable_dynamic=True)
+    weights = dict(model.model.diffusion_model.named_parameters())
+    others = {name for name in weights if not is_modulation(name.rpartition(".")[0])}
+    room = sum(weights[name].nbytes for name in others)
+    linear = (model.model_size() - room) / 96
+    computing = management.minimum_inference_memory() - management.extra_reserved_memory()
+    left = room + (management.NUM_STREAMS + 0.5) * linear + computing
+    monkeypatch.setattr(management, "EXTRA_RESERVED_VRAM", management.get_free_memory(CUDA) - left)
+    management.load_models_gpu([model])
+    weights = dict(model.model.diffusion_model.named_parameters())
+    on_gpu = {name for name, weight in weights.items() if weight.is_cuda}
+    print(f"{left / 1e9:.2f} GB left: {model.loaded_size() / 1e9:.2f} GB resident")
+    assert on_gpu == others
+    management.unload_all_models()
