@@ -1,6 +1,14 @@
 """Latents, text features and noise level to velocity."""
 
 from .run import DenoiserRun
+from .step_cache import DEFAULT_THRESHOLD, STEP_CACHE_OFF, StepCache, StepCacheOptions
 from .transformer import LensDenoiser
 
-__all__ = ["DenoiserRun", "LensDenoiser"]
+__all__ = [
+    "DEFAULT_THRESHOLD",
+    "STEP_CACHE_OFF",
+    "DenoiserRun",
+    "LensDenoiser",
+    "StepCache",
+    "StepCacheOptions",
+]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .modulation import Modulation, ModulationBank
 from .rope import joint_positions, rotary_table
+from .step_cache import StepCache
 
 if TYPE_CHECKING:
     from .transformer import LensDenoiser
@@ -21,8 +22,9 @@ class DenoiserRun:
     Valid while the weights stay as they are. Levels unknown before are evaluated when they come.
     """
 
-    def __init__(self, levels: Iterable[float] = ()) -> None:
-        """``levels`` are the noise levels to come, in order."""
+    def __init__(self, levels: Iterable[float] = (), cache: StepCache | None = None) -> None:
+        """``levels`` are the noise levels to come, in order; ``cache`` None computes every step in full."""
+        self.cache = cache
         self._levels = list(levels)
         self._banks: dict[tuple[torch.device, torch.dtype], ModulationBank] = {}
         self._rotary: dict[tuple[tuple[int, int], int, torch.device], Tensor] = {}

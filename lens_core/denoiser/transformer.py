@@ -9,7 +9,7 @@ them; the output norm takes scale before shift, the opposite of FLUX.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, cast
 
 import torch
@@ -117,12 +117,14 @@ class LensDenoiser(nn.Module):
         text_real: Tensor | None = None,
         attention: Attention | None = None,
         run: DenoiserRun | None = None,
+        entry: Hashable = None,
     ) -> Tensor:
         """Velocity [B, N, C] of latents [B, N, C] at noise level sigma [B] in [0, 1].
 
         ``text`` is [B, S, L, text hidden] or ``embed_text``'s [B, S, H], S = 0 for an empty prompt; ``grid``
         is (h, w) with h * w = N; ``text_real`` [B, S] marks real tokens, None when all are (no mask is
-        built); ``attention`` is PyTorch's if None; ``run`` keeps what the steps of one picture share.
+        built); ``attention`` is PyTorch's if None; ``run`` keeps what the steps of one picture share;
+        ``entry`` tells the run's step cache apart what is denoised by what text.
         """
         run = DenoiserRun() if run is None else run
         img = self.img_in(latents)
@@ -132,7 +134,8 @@ class LensDenoiser(nn.Module):
         attention = attention or fastest_attention(img.device)
         shared = self.shared(img, txt, grid, mask, attention, run)
         streams = (img, txt) if txt.shape[1] else (img,)
-        img = run_blocks(self.blocks, streams, modulation.tables(), shared)[0]
+        through = run_blocks if run.cache is None else run.cache.blocks(entry, sigma)
+        img = through(self.blocks, streams, modulation.tables(), shared)[0]
         return self.proj_out(self.norm_out(img, modulation.out))
 
     @property

@@ -1,6 +1,6 @@
 """Noise levels, guidance, the Euler loop, starting noise and sizes."""
 
-from .guidance import norm_rescaled_guidance
+from .guidance import norm_rescaled_guidance, scale_at
 from .loop import euler
 from .noise import grid_to_tokens, reference_noise, tokens_to_grid
 from .resolution import (
@@ -27,6 +27,7 @@ __all__ = [
     "norm_rescaled_guidance",
     "partial_sigmas",
     "reference_noise",
+    "scale_at",
     "sigmas",
     "token_grid",
     "tokens_to_grid",

@@ -7,8 +7,12 @@ predictions drops out, which lets a host that works with x - denoised = sigma * 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+from ..interval import Interval, step_at
 
 
 def norm_rescaled_guidance(cond: Tensor, uncond: Tensor, scale: float, dim: int = -1) -> Tensor:
@@ -24,3 +28,9 @@ def norm_rescaled_guidance(cond: Tensor, uncond: Tensor, scale: float, dim: int 
     wanted = torch.linalg.vector_norm(cond, dim=dim, keepdim=True, dtype=torch.float32)
     ratio = torch.where(length > 0, wanted / length, torch.ones_like(length))
     return (guided * ratio).to(guided.dtype)
+
+
+def scale_at(level: float, levels: Sequence[float], scale: float, interval: Interval) -> float:
+    """``scale`` if the step of a run over ``levels`` that asks for noise level ``level`` is in ``interval``;
+    else 1, which needs no unconditional prediction."""
+    return scale if step_at(level, levels) in interval.steps(len(levels) - 1) else 1.0
