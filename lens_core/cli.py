@@ -21,9 +21,11 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from .config import PLACEMENTS, TEMPLATE_DATE, EncoderOptions, Variant
+from .denoiser import DEFAULT_THRESHOLD, STEP_CACHE_OFF, StepCacheOptions
 from .errors import LensError, SettingError
 from .feature_cache import FeatureCache
 from .images import save_png
+from .interval import WHOLE, Interval
 from .pipeline import LensPipeline
 from .prompt import check_date, today
 from .sampling import ASPECT_RATIOS, BASE_RESOLUTIONS, bucket, check_size
@@ -59,11 +61,21 @@ def build_parser() -> argparse.ArgumentParser:
     add("--dtype", default="bfloat16", help=f"one of {', '.join(_DTYPES)}")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
     add("--out", type=Path, default=Path("outputs"), help="folder for the pictures")
+    _add_saving_flags(generate)
     _add_encoder_flags(generate)
     cache = commands.add_parser("cache", help="show or clear the text features kept on disk")
     cache.add_argument("--folder", default=default_cache(), metavar="DIR", help="default: %(default)s")
     cache.add_argument("--clear", action="store_true", help="delete them")
     return parser
+
+
+def _add_saving_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("fewer evaluations, other pictures").add_argument
+    part = "guide in this part of the steps alone, e.g. 0.1 0.8 (step i of n is at i / n)"
+    whole = (WHOLE.start, WHOLE.end)
+    add("--guidance_interval", type=float, nargs=2, default=whole, metavar=("START", "END"), help=part)
+    skip = f"leave out most of a step that changes less than this, e.g. {DEFAULT_THRESHOLD}; 0: of none"
+    add("--step_cache", type=float, default=STEP_CACHE_OFF.threshold, metavar="THRESHOLD", help=skip)
 
 
 def _add_encoder_flags(parser: argparse.ArgumentParser) -> None:
@@ -90,6 +102,7 @@ def generate(args: argparse.Namespace) -> list[Path]:
     """Make and save the pictures; returns their paths. Raises LensError on bad settings."""
     dtype, variant, size = _check(args)
     options = _encoder_options(args)
+    guided, step_cache = _savings(args)
     steps = variant.steps if args.steps is None else args.steps
     cfg = variant.cfg if args.cfg is None else args.cfg
     seed = secrets.randbelow(2**32) if args.seed is None else args.seed
@@ -113,6 +126,8 @@ def generate(args: argparse.Namespace) -> list[Path]:
                 cfg=cfg,
                 negative=args.negative_prompt,
                 on_step=_count(bar),
+                guided=guided,
+                step_cache=step_cache,
             )
         for number, image in enumerate(images.cpu()):
             settings = {
@@ -130,7 +145,7 @@ def generate(args: argparse.Namespace) -> list[Path]:
                 "device": device.type,
                 "checkpoint": Path(args.repo_id).resolve().name,
                 "variant": variant.name,
-                **_unusual(options),
+                **_unusual(options, guided, step_cache),
             }
             paths.append(save_png(image, args.out, settings))
     return paths
@@ -168,6 +183,17 @@ def _check(args: argparse.Namespace) -> tuple[torch.dtype, Variant, tuple[int, i
     return _DTYPES[args.dtype], variant, _size(args)
 
 
+def _savings(args: argparse.Namespace) -> tuple[Interval, StepCacheOptions]:
+    """The guided steps and the step cache that the flags mean; raises before anything is loaded."""
+    flag = "--guidance_interval"
+    try:
+        guided = Interval(*args.guidance_interval)
+        flag = "--step_cache"
+        return guided, StepCacheOptions(threshold=args.step_cache)
+    except SettingError as error:
+        raise SettingError(f"{flag}: {error}") from error
+
+
 def _encoder_options(args: argparse.Namespace) -> EncoderOptions:
     """What the text encoder's flags mean; raises before anything is loaded."""
     if args.encoder_placement not in PLACEMENTS:
@@ -200,14 +226,16 @@ def _cache_folder(flag: str, value: str) -> Path | None:
     return Path(value)
 
 
-def _unusual(options: EncoderOptions) -> dict[str, Any]:
-    """The encoder's settings for the PNG, those that are not the default; the cache changes nothing."""
+def _unusual(options: EncoderOptions, guided: Interval, step_cache: StepCacheOptions) -> dict[str, Any]:
+    """Settings for the PNG that are not the default; the cache of text features changes nothing."""
     usual = EncoderOptions()
     settings = {
         "disable_mxfp4": (options.dense, usual.dense),
         "encoder_placement": (options.placement, usual.placement),
         "extended_prompt": (options.extended, usual.extended),
         "template_date": (options.date, usual.date),
+        "guidance_interval": ([guided.start, guided.end], [WHOLE.start, WHOLE.end]),
+        "step_cache": (step_cache.threshold, STEP_CACHE_OFF.threshold),
     }
     return {name: value for name, (value, default) in settings.items() if value != default}
 

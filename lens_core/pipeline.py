@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from .config import ENCODER_OPTIONS, EncoderOptions
-from .denoiser import DenoiserRun, LensDenoiser
+from .denoiser import STEP_CACHE_OFF, DenoiserRun, LensDenoiser, StepCache, StepCacheOptions
 from .encoder import no_features
 from .errors import SettingError
 from .feature_cache import FeatureCache
+from .interval import WHOLE, Interval
 from .loading import load_denoiser, load_vae, open_encoder
 from .sampling import (
     euler,
     norm_rescaled_guidance,
     reference_noise,
+    scale_at,
     sigmas,
     token_grid,
     tokens_to_grid,
@@ -28,6 +30,7 @@ from .text_encoder import TextEncoder
 from .vae import LensVAE, to_uint8
 from .weights.loader import OnTensor
 
+log = logging.getLogger(__name__)
 # GPU memory that the encoder's layers leave to sampling and decoding when placed by "auto".
 _WORKING_MEMORY = 6 << 30
 
@@ -71,22 +74,29 @@ class LensPipeline:
         cfg: float,
         negative: str = "",
         on_step: OnStep | None = None,
+        guided: Interval = WHOLE,
+        step_cache: StepCacheOptions = STEP_CACHE_OFF,
     ) -> Tensor:
-        """Pictures [B, H, W, 3] in bytes from starting noise [B, N, C]; ``size`` is (height, width)."""
+        """Pictures [B, H, W, 3] in bytes from starting noise [B, N, C]; ``size`` is (height, width).
+
+        Outside the ``guided`` steps cfg is 1; ``step_cache`` says which steps may be skipped.
+        """
         grid = token_grid(*size)
-        positive = self.features(prompt)
         used = negative.strip() and cfg != 1
-        unwanted = self.features(negative) if used else self.empty_features()
+        positive = self.denoiser.embed_text(self.features(prompt))
+        unwanted = self.denoiser.embed_text(self.features(negative) if used else self.empty_features())
         levels = sigmas(steps, noise.shape[1])
-        velocity = partial(
-            self.velocity,
-            positive=self.denoiser.embed_text(positive),
-            negative=self.denoiser.embed_text(unwanted),
-            cfg=cfg,
-            grid=grid,
-            run=DenoiserRun(levels[:-1].tolist()),
-        )
+        known = levels.tolist()
+        cache = StepCache.of(step_cache, known)
+        run = DenoiserRun(known[:-1], cache)
+
+        def velocity(x: Tensor, sigma: Tensor) -> Tensor:
+            scale = cfg if guided.whole else scale_at(sigma.item(), known, cfg, guided)
+            return self.velocity(x, sigma, positive, unwanted, scale, grid, run)
+
         latents = euler(velocity, noise, levels.to(self.device), on_step)
+        if cache is not None:
+            log.info("%s.", cache.summary(len(self.denoiser.blocks)))
         return to_uint8(self.vae.decode(tokens_to_grid(latents, grid)))
 
     def features(self, prompt: str) -> Tensor:
@@ -134,10 +144,10 @@ class LensPipeline:
         """Guided velocity [B, N, C] by embedded prompts [1, S, H]; at cfg 1 the negative is not evaluated."""
         batch = x.shape[0]
         level = sigma.expand(batch)
-        cond = self.denoiser(x, level, positive.expand(batch, -1, -1), grid, run=run)
+        cond = self.denoiser(x, level, positive.expand(batch, -1, -1), grid, run=run, entry="positive")
         if cfg == 1:
             return cond
-        uncond = self.denoiser(x, level, negative.expand(batch, -1, -1), grid, run=run)
+        uncond = self.denoiser(x, level, negative.expand(batch, -1, -1), grid, run=run, entry="negative")
         return norm_rescaled_guidance(cond, uncond, cfg)
 
     def noise(self, seed: int, batch: int, size: tuple[int, int]) -> Tensor:

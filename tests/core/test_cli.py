@@ -14,6 +14,7 @@ from PIL import Image
 
 from lens_core import __version__, cli
 from lens_core.config import EncoderOptions
+from lens_core.denoiser import LensDenoiser
 from lens_core.images import read_settings
 from lens_core.pipeline import LensPipeline
 
@@ -228,6 +229,10 @@ def test_steps_and_cfg_follow_the_folders_name(
         (("--device", "gpu0"), ["--device", "gpu0"]),
         (("--device", "meta"), ["--device", "meta"]),
         (("--seed", 10**30), ["--seed", str(10**30)]),
+        (("--step_cache", "-0.1"), ["--step_cache", "0 (off)", "-0.1"]),
+        (("--step_cache", "nan"), ["--step_cache", "nan"]),
+        (("--guidance_interval", 0.8, 0.2), ["--guidance_interval", "0 <= start <= end <= 1", "0.8", "0.2"]),
+        (("--guidance_interval", 0, 2), ["--guidance_interval", "end 2"]),
         (("--encoder_placement", "ram"), ["--encoder_placement", "auto, gpu, stream, cpu", "ram"]),
         (("--encoder_placement", "gpu"), ["--encoder_placement gpu", "--device is cpu", "Use auto"]),
         (("--encoder_placement", "stream"), ["--encoder_placement stream", "--device is cpu"]),
@@ -298,8 +303,68 @@ def test_help_names_every_flag_in_a_process_of_its_own():
         *("--repo_id", "--prompt", "--negative_prompt", "--base_resolution", "--aspect_ratio", "--height"),
         *("--width", "--steps", "--cfg", "--n", "--seed", "--dtype", "--device", "--out", "--disable_mxfp4"),
         *("--encoder_placement", "--feature_cache", "--extended_prompt", "--template_date"),
+        *("--step_cache", "--guidance_interval"),
     ):
         assert flag in done.stdout
+
+
+# Fewer evaluations
+
+EVALUATIONS = (*SMALL, "--height", 32, "--width", 32, "--prompt", "a red circle", "--seed", 7)
+
+
+@pytest.fixture
+def texts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Text tokens of every evaluation of the denoiser."""
+    seen: list[int] = []
+    real = LensDenoiser.forward
+
+    def spy(self: LensDenoiser, x: Any, sigma: Any, text: Any, *rest: Any, **options: Any) -> Any:
+        seen.append(text.shape[1])
+        return real(self, x, sigma, text, *rest, **options)
+
+    monkeypatch.setattr(LensDenoiser, "forward", spy)
+    return seen
+
+
+def test_outside_the_guidance_interval_the_negative_is_not_evaluated(generate: Generate, texts: list[int]):
+    flags = (*EVALUATIONS, "--steps", 5, "--cfg", 5)
+    (whole,) = generate(*flags, out="whole")
+    positive, *_ = texts
+    assert texts == 5 * [positive, 0]
+    texts.clear()
+    (part,) = generate(*flags, "--guidance_interval", 0.2, 0.6, out="part")
+    assert texts == [positive, *2 * (positive, 0), positive, positive]
+    assert pixels(part) != pixels(whole)
+    assert read_settings(part)["guidance_interval"] == [0.2, 0.6]
+
+
+def test_an_interval_of_nothing_is_cfg_1(generate: Generate):
+    flags = (*EVALUATIONS, "--steps", 3)
+    (nothing,) = generate(*flags, "--cfg", 5, "--guidance_interval", 0, 0, out="nothing")
+    (one,) = generate(*flags, "--cfg", 1, out="one")
+    assert pixels(nothing) == pixels(one)
+
+
+def test_the_step_cache_skips_and_says_how_much(generate: Generate, caplog: pytest.LogCaptureFixture):
+    """Positive and negative have one length here; they are entries of their own all the same."""
+    caplog.set_level("INFO")
+    flags = (*EVALUATIONS, "--negative_prompt", "a red circle", "--steps", 6, "--cfg", 5)
+    (full,) = generate(*flags, out="full")
+    assert "skipped" not in caplog.text
+    (skipping,) = generate(*flags, "--step_cache", 1e9, out="skipping")
+    # Of six steps the first and the last are computed, and one after three skipped in a row.
+    assert "6 of 12 forwards skipped 2 of 3 blocks." in caplog.text
+    assert pixels(skipping) != pixels(full)
+    assert read_settings(skipping)["step_cache"] == 1e9
+
+
+def test_flags_at_their_defaults_change_no_byte(generate: Generate):
+    flags = (*EVALUATIONS, "--steps", 3)
+    (without,) = generate(*flags, out="without")
+    (given,) = generate(*flags, "--step_cache", 0, "--guidance_interval", 0, 1, out="given")
+    assert given.read_bytes() == without.read_bytes()
+    assert read_settings(given).keys() == SETTINGS
 
 
 # The text encoder's flags
