@@ -8,6 +8,7 @@ from .host.paths import register_folders
 from .latent import LensEmptyLatent
 from .load import LensEncoderLoader, LensModelLoader, LensVAELoader
 from .sample import LensGuider, LensNoise, LensSampler, LensScheduler
+from .step_cache import LensStepCache
 
 
 class LensExtension(ComfyExtension):
@@ -30,5 +31,6 @@ class LensExtension(ComfyExtension):
             LensScheduler,
             LensGuider,
             LensNoise,
+            LensStepCache,
             LensVAEDecode,
         ]

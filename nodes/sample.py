@@ -62,6 +62,26 @@ def _cfg() -> io.Input:
     )
 
 
+def _guided() -> list[io.Input]:
+    """Start and end of the guided steps; optional, so that older workflows load."""
+    meaning = (
+        "Step i of n counts as i / n; outside start and end cfg is 1 and the negative is not evaluated, "
+        "which halves the step's time."
+    )
+    common = {"min": 0.0, "max": 1.0, "step": 0.01, "round": 0.001, "optional": True, "advanced": True}
+    return [
+        io.Float.Input(
+            "guidance_start", default=0.0, tooltip=f"Share of the steps before guidance. {meaning}", **common
+        ),
+        io.Float.Input(
+            "guidance_end",
+            default=1.0,
+            tooltip=f"Share of the steps after which guidance ends. {meaning}",
+            **common,
+        ),
+    ]
+
+
 def _denoise() -> io.Input:
     return io.Float.Input(
         "denoise",
@@ -108,13 +128,28 @@ class LensSampler(io.ComfyNode):
                     ),
                 ),
                 _denoise(),
+                *_guided(),
             ],
             outputs=[io.Latent.Output(display_name="LATENT", tooltip="For LensVAEDecode.")],
         )
 
     @classmethod
-    def execute(cls, model, positive, negative, latent, seed, steps, cfg, noise, denoise) -> io.NodeOutput:
+    def execute(
+        cls,
+        model,
+        positive,
+        negative,
+        latent,
+        seed,
+        steps,
+        cfg,
+        noise,
+        denoise,
+        guidance_start=0.0,
+        guidance_end=1.0,
+    ) -> io.NodeOutput:
         settings = {"seed": seed, "steps": steps, "cfg": cfg, "noise": noise, "denoise": denoise}
+        settings["guided"] = (guidance_start, guidance_end)
         return io.NodeOutput(sample(model, positive, negative, latent, **settings))
 
 
@@ -149,13 +184,13 @@ class LensGuider(io.ComfyNode):
             category=_CATEGORY,
             description="Guidance rescaled to the prompt's own strength, for SamplerCustomAdvanced.",
             search_aliases=["microsoft lens", "cfg", "guidance"],
-            inputs=[_model(), _positive(), _negative(), _cfg()],
+            inputs=[_model(), _positive(), _negative(), _cfg(), *_guided()],
             outputs=[io.Guider.Output(display_name="GUIDER", tooltip="For SamplerCustomAdvanced.")],
         )
 
     @classmethod
-    def execute(cls, model, positive, negative, cfg) -> io.NodeOutput:
-        return io.NodeOutput(make_guider(model, positive, negative, cfg))
+    def execute(cls, model, positive, negative, cfg, guidance_start=0.0, guidance_end=1.0) -> io.NodeOutput:
+        return io.NodeOutput(make_guider(model, positive, negative, cfg, (guidance_start, guidance_end)))
 
 
 class LensNoise(io.ComfyNode):

@@ -7,6 +7,7 @@ work here.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import replace
 from typing import Any
 
@@ -25,6 +26,7 @@ from .attention import host_attention
 
 # Where transformer_options keep the DenoiserRun of the picture that is being sampled.
 RUN = "lens_run"
+_HOOKED = "another node works between the blocks or on their attention, and must see them all"
 
 
 class HostDenoiser(LensDenoiser):
@@ -66,6 +68,8 @@ class HostDenoiser(LensDenoiser):
         options = {} if transformer_options is None else transformer_options
         kind = comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL
         wrappers = comfy.patcher_extension.get_all_wrappers(kind, options)
+        if wrappers:  # EasyCache's writes into x, which in fp32 is the latent that the sampler goes on with
+            x = x.clone()
         executor = comfy.patcher_extension.WrapperExecutor.new_class_executor(self._forward, self, wrappers)
         return executor.execute(x, timestep, context, attention_mask, options, **kwargs)
 
@@ -90,10 +94,13 @@ class HostDenoiser(LensDenoiser):
             mask = padding_mask(attention_mask, img.shape[1], img.dtype)
         shared = self.shared(img, txt, grid, mask, host_attention(options, img.device), run)
         if hooked(options, control):
+            if run.cache is not None:
+                run.cache.hinder(_HOOKED)
             img = self._hooked_blocks(x, img, txt, modulation, shared, options, control)
         else:
             streams = (img, txt) if txt.shape[1] else (img,)
-            img = run_blocks(self.blocks, streams, modulation.tables(), shared)[0]
+            through = run_blocks if run.cache is None else run.cache.blocks(*_entry(options, timestep))
+            img = through(self.blocks, streams, modulation.tables(), shared)[0]
         return tokens_to_grid(self.proj_out(self.norm_out(img, modulation.out)), grid).contiguous()
 
     def text_stream(self, context: Tensor | None, x: Tensor) -> Tensor:
@@ -181,6 +188,12 @@ def hooked(options: dict[str, Any], control: dict[str, Any] | None) -> bool:
         or options.get("patches_replace", {}).get("dit")
         or "optimized_attention_override" in options
     )
+
+
+def _entry(options: dict[str, Any], timestep: Tensor) -> tuple[Hashable, Tensor]:
+    """Which conditioning entries a forward is for, and the sampler's noise level [B]."""
+    entries = zip(options.get("uuids", ()), options.get("cond_or_uncond", ()), strict=False)
+    return tuple(entries), options.get("sigmas", timestep)
 
 
 def _patched(options: dict[str, Any], name: str, args: dict[str, Any]) -> tuple[Tensor, Tensor]:

@@ -101,7 +101,9 @@ class LensModel(comfy.model_base.BaseModel):
         """ComfyUI's, without what the run keeps where a hook has changed the weights since."""
         options = dict(transformer_options or {})
         if getattr(self.current_patcher, "current_hooks", None) is not None:
-            options.pop(RUN, None)
+            run = options.pop(RUN, None)
+            if run is not None and run.cache is not None:
+                run.cache.hinder("hooks change the weights during the run")
         return super()._apply_model(x, t, c_concat, c_crossattn, control, options, **kwargs)
 
 

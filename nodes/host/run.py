@@ -10,20 +10,25 @@ from torch import Tensor
 from ...lens_core.denoiser import DenoiserRun
 from ...lens_core.denoiser.modulation import modulation_bytes
 from .denoiser import RUN, HostDenoiser
+from .step_cache import cache_of
 
 log = logging.getLogger(__name__)
 
 
 def sample_with_run(executor: Any, guider: Any, sigmas: Tensor, extra_args: dict, *rest: Any) -> Any:
     """A SAMPLER_SAMPLE wrapper: the run's noise levels are known now, so their modulation is computed now."""
-    run = DenoiserRun(level for level in sigmas.tolist() if level > 0)
-    extra_args["model_options"]["transformer_options"][RUN] = run
+    options = extra_args["model_options"]["transformer_options"]
+    cache = cache_of(options, sigmas)
+    options[RUN] = run = DenoiserRun((level for level in sigmas.tolist() if level > 0), cache)
     denoiser = guider.inner_model.diffusion_model
     if isinstance(denoiser, HostDenoiser) and len(sigmas):
         patcher, dtype = guider.model_patcher, guider.inner_model.get_dtype_inference()
         run.modulation(denoiser, sigmas[:1].to(patcher.load_device), dtype)
         _make_room(guider, patcher, denoiser, rest)
-    return executor(guider, sigmas, extra_args, *rest)
+    result = executor(guider, sigmas, extra_args, *rest)
+    if cache is not None:
+        log.info("Lens: %s.", cache.summary(len(denoiser.blocks)))
+    return result
 
 
 def _make_room(guider: Any, patcher: Any, denoiser: HostDenoiser, rest: tuple) -> None:

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from ...lens_core.config import PIXELS_PER_TOKEN
 from ...lens_core.errors import SettingError
+from ...lens_core.interval import WHOLE, Interval
 from ...lens_core.sampling import check_size, partial_sigmas, reference_noise, tokens_to_grid
+from .guider import IntervalGuider
 from .model import require_lens, require_text, with_guidance
 
 Latent = dict[str, Any]
@@ -69,14 +71,21 @@ class ReferenceNoise:
         return tokens_to_grid(noise[list(rows)], (height, width)).float().cpu().contiguous()
 
 
-def make_guider(model, positive, negative, cfg: float) -> comfy.samplers.CFGGuider:
-    """A GUIDER with Lens' guidance; raises SettingError for another model or its conditioning."""
+def make_guider(
+    model, positive, negative, cfg: float, guided: tuple[float, float] = (WHOLE.start, WHOLE.end)
+) -> comfy.samplers.CFGGuider:
+    """A GUIDER with Lens' guidance in the ``guided`` part of the steps (shares: start, end), cfg 1 outside.
+
+    Raises SettingError for another model or its conditioning.
+    """
+    interval = Interval(*guided)
     require_lens(model)
     for which, conditioning in (("positive", positive), ("negative", negative)):
         for text, _ in conditioning:
             if text is not None:
                 require_text(model.model.model_config, text, which)
-    guider = comfy.samplers.CFGGuider(with_guidance(model))
+    model = with_guidance(model)
+    guider = comfy.samplers.CFGGuider(model) if interval.whole else IntervalGuider(model, interval)
     guider.set_conds(positive, negative)
     guider.set_cfg(cfg)
     return guider
@@ -93,9 +102,10 @@ def sample(
     cfg: float,
     noise: str,
     denoise: float,
+    guided: tuple[float, float] = (WHOLE.start, WHOLE.end),
 ) -> Latent:
-    """Euler steps over Lens' schedule; ``noise`` is "host" or "reference"."""
-    guider = make_guider(model, positive, negative, cfg)
+    """Euler steps over Lens' schedule; ``noise`` is "host" or "reference", ``guided`` as in make_guider."""
+    guider = make_guider(model, positive, negative, cfg, guided)
     sigmas = sigmas_for(latent, steps, denoise)
     samples = comfy.sample.fix_empty_latent_channels(
         model, latent["samples"], latent.get("downscale_ratio_spacial")

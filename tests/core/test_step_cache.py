@@ -278,6 +278,11 @@ def test_levels_between_those_of_the_schedule_are_computed_and_kept(toy: Toy):
     assert [toy(cache, level, first) for level, first in asked] == [0, 0, 1, 0, 0, 0, 1]
 
 
+def test_the_first_step_is_computed_even_after_a_level_above_it(toy: Toy):
+    cache = StepCache(options(), LEVELS)
+    assert [toy(cache, level, 1.0) for level in (1.5, 1.0, 0.9)] == [False, False, True]
+
+
 def test_a_level_computed_anew_by_the_sampler_is_still_of_the_schedule(toy: Toy):
     cache = StepCache(options(), LEVELS)
     assert [toy(cache, level * (1 + 2e-6), 1.0) for level in LEVELS[:3]] == [False, True, True]
@@ -299,9 +304,9 @@ def test_nothing_is_skipped_once_a_level_does_not_fall(toy: Toy, again: float):
 
 def test_pictures_at_different_levels_are_computed(toy: Toy):
     cache = StepCache(options(), LEVELS)
-    for levels in ([1.0, 0.9], [0.9, 0.8], [0.8, 0.7]):
+    for levels in ([0.95, 0.9], [0.8, 0.7], [0.6, 0.5]):
         assert not toy(cache, torch.tensor(levels), 1.0, shape=(2, 4, 2))
-    assert not toy(cache, 0.6, 1.0, shape=(2, 4, 2))
+    assert not toy(cache, 0.4, 1.0, shape=(2, 4, 2))
 
 
 def test_a_rising_schedule_is_computed(toy: Toy):

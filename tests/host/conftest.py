@@ -129,7 +129,7 @@ def tiny(host: Host) -> Tiny:
 
 @pytest.fixture(scope="session")
 def draw(host: Host, tiny: Tiny) -> Callable[..., dict[str, Any]]:
-    """LensSampler on a small empty latent, two steps at cfg 5; keyword arguments replace its inputs."""
+    """LensSampler on a small empty latent, two steps at cfg 5; keyword arguments replace or add inputs."""
 
     def run(**changes: Any) -> dict[str, Any]:
         inputs = {
@@ -143,7 +143,7 @@ def draw(host: Host, tiny: Tiny) -> Callable[..., dict[str, Any]]:
             "noise": "host",
             "denoise": 1.0,
         }
-        assert changes.keys() <= inputs.keys()
+        assert changes.keys() <= {*inputs, "guidance_start", "guidance_end"}
         (latent,) = host.run("LensSampler", **{**inputs, **changes})
         return latent
 

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lens_core.sampling import ASPECT_RATIOS, BASE_RESOLUTIONS, bucket
+from scripts.workflow import to_prompt
 
 PACK = Path(__file__).parents[2]
 
@@ -41,12 +42,24 @@ NODES = {
     ),
     "LensSampler": (
         "Lens Sampler",
-        ["model", "positive", "negative", "latent", "seed", "steps", "cfg", "noise", "denoise"],
+        [
+            *("model", "positive", "negative", "latent", "seed", "steps", "cfg", "noise", "denoise"),
+            *("guidance_start", "guidance_end"),
+        ],
         [("LATENT", "LATENT")],
     ),
     "LensScheduler": ("Lens Scheduler", ["steps", "latent", "denoise"], [("SIGMAS", "SIGMAS")]),
-    "LensGuider": ("Lens Guider", ["model", "positive", "negative", "cfg"], [("GUIDER", "GUIDER")]),
+    "LensGuider": (
+        "Lens Guider",
+        ["model", "positive", "negative", "cfg", "guidance_start", "guidance_end"],
+        [("GUIDER", "GUIDER")],
+    ),
     "LensNoise": ("Lens Noise", ["seed"], [("NOISE", "NOISE")]),
+    "LensStepCache": (
+        "Lens Step Cache",
+        ["model", "threshold", "start", "end", "max_consecutive"],
+        [("MODEL", "MODEL")],
+    ),
     "LensVAEDecode": ("Lens VAE Decode", ["latent", "vae"], [("IMAGE", "IMAGE")]),
 }
 # Values that a workflow stores, by node and input: (type, default).
@@ -62,7 +75,15 @@ SETTINGS = {
     ("LensSampler", "denoise"): ("FLOAT", 1.0),
     ("LensScheduler", "steps"): ("INT", 20),
     ("LensScheduler", "denoise"): ("FLOAT", 1.0),
+    ("LensSampler", "guidance_start"): ("FLOAT", 0.0),
+    ("LensSampler", "guidance_end"): ("FLOAT", 1.0),
     ("LensGuider", "cfg"): ("FLOAT", 5.0),
+    ("LensGuider", "guidance_start"): ("FLOAT", 0.0),
+    ("LensGuider", "guidance_end"): ("FLOAT", 1.0),
+    ("LensStepCache", "threshold"): ("FLOAT", 0.1),
+    ("LensStepCache", "start"): ("FLOAT", 0.1),
+    ("LensStepCache", "end"): ("FLOAT", 1.0),
+    ("LensStepCache", "max_consecutive"): ("INT", 3),
     ("LensNoise", "seed"): ("INT", 0),
     ("LensTextEncode", "negative"): ("STRING", ""),
     ("LensTextEncode", "extended"): ("BOOLEAN", False),
@@ -159,9 +180,32 @@ def test_what_older_workflows_lack_is_optional(host):
         ("LensEncoderLoader", "placement"),
         ("LensEncoderLoader", "experts"),
         ("LensEncoderLoader", "feature_cache"),
+        ("LensSampler", "guidance_start"),
+        ("LensSampler", "guidance_end"),
+        ("LensGuider", "guidance_start"),
+        ("LensGuider", "guidance_end"),
     }
     _, negative = host.run("LensTextEncode", clip=_EchoClip(), prompt="x")
     assert negative == "encoded ''"
+
+
+@pytest.mark.parametrize(
+    ("node_id", "widgets", "settings"),
+    [
+        (
+            "LensSampler",
+            [42, "randomize", 20, 4.5, "reference", 0.5],
+            {"seed": 42, "steps": 20, "cfg": 4.5, "noise": "reference", "denoise": 0.5},
+        ),
+        ("LensGuider", [4.5], {"cfg": 4.5}),
+    ],
+)
+def test_widgets_of_older_workflows_keep_their_places(host, node_id, widgets, settings):
+    """A workflow stores values by position: what is new stands behind them, at what it was without."""
+    node = {"id": 1, "type": node_id, "widgets_values": widgets}
+    info = {node_id: {"input": host.node_classes[node_id].INPUT_TYPES()}}
+    prompt = to_prompt({"nodes": [node], "links": []}, info)
+    assert prompt["1"]["inputs"] == {**settings, "guidance_start": 0.0, "guidance_end": 1.0}
 
 
 class _EchoClip:

@@ -16,7 +16,6 @@ from tests.host.helpers import align_qk_eps, random_context, random_latent, writ
 GRID = (6, 4)
 # Some steps in the same fp32 arithmetic. Measured: 8e-7 at most.
 SAME = 1e-5
-CACHE = {"reuse_threshold": 3.0, "start_percent": 0.0, "end_percent": 1.0, "verbose": False}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -28,7 +27,6 @@ def more_nodes(host):
         "apg",
         "cond",
         "differential_diffusion",
-        "easycache",
         "eps",
         "hooks",
         "model_merging",
@@ -44,9 +42,7 @@ def more_nodes(host):
     [
         ("APG", {"eta": 0.5, "norm_threshold": 5.0, "momentum": 0.3}),
         ("CFGZeroStar", {}),
-        ("EasyCache", CACHE),
         ("Epsilon Scaling", {"scaling_factor": 1.05}),
-        ("LazyCache", CACHE),
         ("RescaleCFG", {"multiplier": 0.7}),
     ],
 )
