@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from ..kernels.block import SCORE_LIMIT, score_bound
+from .block import JointAttention
 from .modulation import Modulation, ModulationBank
 from .rope import joint_positions, rotary_table
 
 if TYPE_CHECKING:
     from .transformer import LensDenoiser
+
+
+log = logging.getLogger(__name__)
 
 
 class DenoiserRun:
@@ -25,6 +31,7 @@ class DenoiserRun:
         """``levels`` are the noise levels to come, in order."""
         self._levels = list(levels)
         self._banks: dict[tuple[torch.device, torch.dtype], ModulationBank] = {}
+        self._bounded: frozenset[JointAttention] | None = None
         self._rotary: dict[tuple[tuple[int, int], int, torch.device], Tensor] = {}
 
     def modulation(self, denoiser: LensDenoiser, sigma: Tensor, dtype: torch.dtype) -> Modulation:
@@ -43,3 +50,24 @@ class DenoiserRun:
             table = rotary_table(positions, config.axes_dims_rope, config.rope_theta)
             self._rotary[name] = table.to(device)
         return self._rotary[name]
+
+    def bounded(self, denoiser: LensDenoiser, like: Tensor) -> frozenset[JointAttention]:
+        """The attention layers whose norms keep scores small enough for the kernels' own attention."""
+        if self._bounded is None:
+            layers = [block.attn for block in denoiser.blocks]
+            weights = [denoiser.weight_of(norm, like) for layer in layers for norm in layer.norms()]
+            largest = torch.stack(torch._foreach_norm(weights, float("inf"))).unflatten(0, (-1, 4)).tolist()
+            dim = denoiser.config.attention_head_dim
+            self._bounded = frozenset(
+                layer
+                for layer, (q, k, added_q, added_k) in zip(layers, largest, strict=True)
+                if score_bound(max(q, added_q), max(k, added_k), dim) <= SCORE_LIMIT
+            )
+            if len(self._bounded) < len(layers):
+                log.info(
+                    "Attention of %d of %d blocks runs in PyTorch: their scores may exceed %.0f.",
+                    len(layers) - len(self._bounded),
+                    len(layers),
+                    SCORE_LIMIT,
+                )
+        return self._bounded

@@ -25,6 +25,8 @@ from .attention import host_attention
 
 # Where transformer_options keep the DenoiserRun of the picture that is being sampled.
 RUN = "lens_run"
+# And the BlockGraphs of the MODEL, if the user wants them.
+GRAPHS = "lens_graphs"
 
 
 class HostDenoiser(LensDenoiser):
@@ -88,12 +90,14 @@ class HostDenoiser(LensDenoiser):
         mask = None
         if attention_mask is not None:
             mask = padding_mask(attention_mask, img.shape[1], img.dtype)
-        shared = self.shared(img, txt, grid, mask, host_attention(options, img.device), run)
+        shared = self.shared(img, txt, grid, mask, host_attention(options), run)
         if hooked(options, control):
             img = self._hooked_blocks(x, img, txt, modulation, shared, options, control)
         else:
             streams = (img, txt) if txt.shape[1] else (img,)
-            img = run_blocks(self.blocks, streams, modulation.tables(), shared)[0]
+            graphs = options.get(GRAPHS)
+            through = run_blocks if graphs is None else graphs.run_blocks
+            img = through(self.blocks, streams, modulation.tables(), shared)[0]
         return tokens_to_grid(self.proj_out(self.norm_out(img, modulation.out)), grid).contiguous()
 
     def text_stream(self, context: Tensor | None, x: Tensor) -> Tensor:
@@ -152,7 +156,7 @@ class HostDenoiser(LensDenoiser):
                 shared,
                 rotary=args["pe"],
                 mask=args.get("attn_mask"),
-                attention=host_attention(own, img.device),
+                attention=host_attention(own),
                 text_queries=True,
             )
             changed = args["vec"] is not temb

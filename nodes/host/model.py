@@ -34,7 +34,7 @@ from ...lens_core.weights import (
     open_checkpoint,
     variant_of,
 )
-from .denoiser import RUN, HostDenoiser
+from .denoiser import GRAPHS, RUN, HostDenoiser
 from .progress import on_progress
 from .reader import host_reader
 from .residency import patcher_class
@@ -102,6 +102,7 @@ class LensModel(comfy.model_base.BaseModel):
         options = dict(transformer_options or {})
         if getattr(self.current_patcher, "current_hooks", None) is not None:
             options.pop(RUN, None)
+            options.pop(GRAPHS, None)
         return super()._apply_model(x, t, c_concat, c_crossattn, control, options, **kwargs)
 
 

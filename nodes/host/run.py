@@ -27,18 +27,21 @@ def sample_with_run(executor: Any, guider: Any, sigmas: Tensor, extra_args: dict
 
 
 def _make_room(guider: Any, patcher: Any, denoiser: HostDenoiser, rest: tuple) -> None:
-    """Take the modulation's weights off the GPU if the steps need their room; say what was done."""
-    size = modulation_bytes(denoiser)
+    """Take the modulation's weights off the GPU as far as the steps need their room; say what was done."""
     noise = next(value for value in rest if isinstance(value, Tensor))
-    needed = guider.inner_model.memory_required(list(noise.shape))
-    free = patcher.get_free_memory(patcher.load_device)
-    if free < needed:
-        patcher.partially_unload(patcher.offload_device, size)
+    device = patcher.load_device
+    missing = guider.inner_model.memory_required(list(noise.shape)) - patcher.get_free_memory(device)
+    size = modulation_bytes(denoiser)
+    # What is loaded beyond the others is the modulation's: ComfyUI loads that last.
+    there = max(0, patcher.loaded_size() - (patcher.model_size() - size))
+    released = min(there, missing)
+    if released > 0:
+        patcher.partially_unload(patcher.offload_device, released)
     log.info(
-        "Lens: the steps do without the %.2f GB of modulation weights (%s); %.2f of %.2f GB are on %s.",
+        "Lens: the steps do without %.2f GB of modulation weights; %s. %.2f of %.2f GB are on %s.",
         size / 1e9,
-        "released" if free < needed else "where memory is free they stay",
+        f"{released / 1e9:.2f} GB of them were released" if released > 0 else "what fits of them stays",
         patcher.loaded_size() / 1e9,
         patcher.model_size() / 1e9,
-        patcher.load_device,
+        device,
     )
