@@ -1,6 +1,6 @@
 """The denoiser's fast paths at the published sizes, against plain PyTorch in fp32.
 
-Random weights; the bound of every error is plain PyTorch's own in bf16, with a tenth for the luck of rounding.
+Random weights; the bound of every error is plain PyTorch's own in bf16, and a tenth for luck in rounding.
 """
 
 from __future__ import annotations
@@ -186,9 +186,10 @@ def test_extreme_values_and_residuals(model, plain):
 
 
 def test_graphs_survive_changes(model):
-    """Of prompt, its length, size and weights: always the bits of plain launches, and old graphs come back."""
+    """Of prompt, its length, size and weights: always the bits of plain launches; old graphs come back."""
     graphs, run = BlockGraphs(), DenoiserRun([0.5])
-    other = [inputs((64, 64), 200), inputs((64, 64), 77), inputs((32, 32), 200), inputs((64, 64), 0)]
+    sizes = (((64, 64), 200), ((64, 64), 77), ((32, 32), 200), ((64, 64), 0))
+    other = [inputs(grid, text) for grid, text in sizes]
     for arguments in other * 3:
         assert torch.equal(model(*arguments, run=run, graphs=graphs), model(*arguments, run=run))
     assert graphs.runs == {"played": 8, "recorded": 4, "launched": 4}
