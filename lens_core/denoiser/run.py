@@ -27,17 +27,28 @@ class DenoiserRun:
     Valid while the weights stay as they are. Levels unknown before are evaluated when they come.
     """
 
-    def __init__(self, levels: Iterable[float] = ()) -> None:
-        """``levels`` are the noise levels to come, in order."""
+    def __init__(self, levels: Iterable[float] = (), before: DenoiserRun | None = None) -> None:
+        """``levels`` are the noise levels to come, in order; ``before`` is what ``in_ram`` gave of a run with
+        the same levels and weights."""
         self._levels = list(levels)
+        self._ram: dict[torch.dtype, ModulationBank] = {} if before is None else before._ram
         self._banks: dict[tuple[torch.device, torch.dtype], ModulationBank] = {}
         self._bounded: frozenset[JointAttention] | None = None
         self._rotary: dict[tuple[tuple[int, int], int, torch.device], Tensor] = {}
 
     def modulation(self, denoiser: LensDenoiser, sigma: Tensor, dtype: torch.dtype) -> Modulation:
         """Modulation for noise levels sigma [B]."""
-        bank = self._banks.setdefault((sigma.device, dtype), ModulationBank(self._levels))
-        return bank.at(denoiser, sigma, dtype)
+        name = (sigma.device, dtype)
+        if name not in self._banks:
+            kept = self._ram.get(dtype)
+            self._banks[name] = ModulationBank(self._levels) if kept is None else kept.to(sigma.device)
+        return self._banks[name].at(denoiser, sigma, dtype)
+
+    def in_ram(self) -> DenoiserRun:
+        """Its modulation alone, off the GPU: a later run with the same levels need not compute it again."""
+        run = DenoiserRun(self._levels, self)
+        run._ram = {dtype: bank.to("cpu") for (_, dtype), bank in self._banks.items()}
+        return run
 
     def rotary(
         self, denoiser: LensDenoiser, grid: tuple[int, int], text_length: int, device: torch.device

@@ -75,6 +75,8 @@ class LensModel(comfy.model_base.BaseModel):
     def __init__(self, model_config: LensModelConfig, device: torch.device | str | None = None) -> None:
         flow = comfy.model_base.ModelType.FLUX
         super().__init__(model_config, flow, device=device, unet_model=HostDenoiser)
+        # The modulation of the run before and what it belongs to, in RAM (see ``run``).
+        self.kept_modulation: tuple[Any, Any] = (None, None)
 
     def extra_conds(self, **kwargs: Any) -> dict[str, Any]:
         """Conditioning of one entry; raises SettingError if another model's encoder made it."""

@@ -109,7 +109,7 @@ def test_kernels_round_no_worse_than_their_definitions(text: int):
         for index, right in enumerate(want[name]):
             ours, theirs = (relative_l2(found[name][index], right) for found in (got, definition))
             print(f"{name} {index}: {ours:.2e}, the definition in bf16 {theirs:.2e}")
-            assert ours < LUCK * theirs, name
+            assert ours <= LUCK * theirs, name  # values are copied: no error at all
 
 
 def test_attention_bears_values_of_1e5():
