@@ -30,7 +30,7 @@ def sample_with_run(executor: Any, guider: Any, sigmas: Tensor, extra_args: dict
 def _prepared(guider: Any, denoiser: HostDenoiser, levels: list[float]) -> DenoiserRun:
     """A run with its modulation: of the run before if that had the same levels and weights.
 
-    It is kept only where the weights would have to come to the GPU for it again, which takes as long as a few
+    It is kept only where the weights would have to come to the GPU for it again, which takes as long as some
     steps; where they are there, computing it takes a tenth of one.
     """
     patcher, model = guider.model_patcher, guider.inner_model
@@ -47,7 +47,7 @@ def _prepared(guider: Any, denoiser: HostDenoiser, levels: list[float]) -> Denoi
 
 
 def _on_gpu(patcher: Any, denoiser: HostDenoiser) -> int:
-    """Bytes of the modulation's weights on the GPU: what is loaded beyond the others, as it is loaded last."""
+    """Bytes of the modulation's weights on the GPU: what is loaded beyond the others, it being loaded last."""
     size = modulation_bytes(denoiser)
     return min(size, max(0, patcher.loaded_size() - (patcher.model_size() - size)))
 
