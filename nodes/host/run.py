@@ -47,7 +47,7 @@ def _prepared(guider: Any, denoiser: HostDenoiser, levels: list[float]) -> Denoi
 
 
 def _on_gpu(patcher: Any, denoiser: HostDenoiser) -> int:
-    """Bytes of the modulation's weights on the GPU: what is loaded beyond the others, it being loaded last."""
+    """Bytes of the modulation's weights on the GPU: what is loaded beyond the others, as these come last."""
     size = modulation_bytes(denoiser)
     return min(size, max(0, patcher.loaded_size() - (patcher.model_size() - size)))
 
