@@ -68,7 +68,7 @@ class Picture:
         """Latents [1, N, C], seconds, and the share of forwards that were skipped."""
         levels = sigmas(steps, self.noise.shape[1])
         cache = StepCache.of(StepCacheOptions(threshold), levels.tolist())
-        run = DenoiserRun(levels[:-1].tolist(), cache)
+        run = DenoiserRun(levels[:-1].tolist(), cache=cache)
 
         def velocity(x: Tensor, sigma: Tensor) -> Tensor:
             level = sigma.expand(1)

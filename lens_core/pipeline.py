@@ -88,7 +88,7 @@ class LensPipeline:
         levels = sigmas(steps, noise.shape[1])
         known = levels.tolist()
         cache = StepCache.of(step_cache, known)
-        run = DenoiserRun(known[:-1], cache)
+        run = DenoiserRun(known[:-1], cache=cache)
 
         def velocity(x: Tensor, sigma: Tensor) -> Tensor:
             scale = cfg if guided.whole else scale_at(sigma.item(), known, cfg, guided)

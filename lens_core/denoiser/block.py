@@ -8,7 +8,7 @@ text layer runs. What lies between the matrix products is ``lens_core.kernels.bl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..config import DenoiserConfig
 from ..kernels import BlockKernels
 from ..kernels.block import PARTS, HeadNorms, Rows
-from ..ops import Attention, Operations
+from ..ops import Attention, Operations, fastest_attention
 
 # Parts of a modulation table: see ``kernels.block.PARTS``.
 _ATTENTION_SHIFT, _ATTENTION_GATE, _MLP_SHIFT, _MLP_GATE = 0, 2, 3, 5
@@ -29,16 +29,18 @@ Tables = tuple[Tensor, Tensor]
 class Shared:
     """What all blocks of one forward share.
 
-    ``rotary`` [2, N + S, D / 2] in fp32, ``mask`` None or additive [B, 1, 1, N + S]; ``weight_of`` gives a
-    norm's weight as its caller's operations would use it beside x. ``text_queries``: the last block too
-    asks with the text's queries, though no one reads the answers (an attention override may count on them).
+    ``rotary`` [2, N + S, D / 2] in fp32, ``mask`` None or additive [B, 1, 1, N + S]. ``attention`` None is
+    the kernels' own in the ``bounded`` layers, PyTorch's in others and under a mask. ``weight_of`` gives a
+    norm's weight as its caller's operations would use it beside x. ``text_queries``: the last block too asks
+    with the text's queries, though no one reads the answers (an attention override may count on them).
     """
 
     kernels: BlockKernels
-    attention: Attention
+    attention: Attention | None
     rotary: Tensor
     mask: Tensor | None
     weight_of: Callable[[Any, Tensor], Tensor]
+    bounded: Collection[JointAttention] = ()
     text_queries: bool = False
 
 
@@ -66,17 +68,25 @@ class JointAttention(nn.Module):
         self.to_out = nn.ModuleList([operations.Linear(hidden, hidden, **place)])
         self.to_add_out = operations.Linear(hidden, hidden, **place)
 
+    def norms(self) -> tuple[Any, Any, Any, Any]:
+        """Of the image's queries and keys, then of the text's."""
+        return self.norm_q, self.norm_k, self.norm_added_q, self.norm_added_k
+
     def forward(self, streams: Sequence[Tensor], shared: Shared, image_only: bool) -> list[Tensor]:
         """Streams [B, T, H] -> their updates; only the image's if no one will read the text's."""
         qkv = _each((self.img_qkv, self.txt_qkv), streams)
         pairs = ((self.norm_q, self.norm_k), (self.norm_added_q, self.norm_added_k))[: len(qkv)]
         norms = [HeadNorms(shared.weight_of(q, qkv[0]), shared.weight_of(k, qkv[0]), q.eps) for q, k in pairs]
+        attend = shared.kernels.attend
+        if attend is not None and shared.attention is None and shared.mask is None and self in shared.bounded:
+            return _each((self.to_out[0], self.to_add_out), attend(qkv, norms, shared.rotary, image_only))
         q, k, v = shared.kernels.joint_heads(qkv, norms, shared.rotary)
         del qkv
         image = streams[0].shape[1]
         if image_only and not shared.text_queries:
             q = q[:, :image]
-        out = shared.attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), shared.mask)
+        attention = shared.attention or fastest_attention(q.device)
+        out = attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), shared.mask)
         parts = (out[:, :image], out[:, image:])[: 1 if image_only else len(streams)]
         return _each((self.to_out[0], self.to_add_out), parts)
 

@@ -85,6 +85,16 @@ class ModulationBank:
         rows = [table.at([row]) for table, row in found]
         return Modulation(*(torch.cat(parts) for parts in zip(*rows, strict=True)))
 
+    def to(self, device: torch.device | str) -> ModulationBank:
+        """A copy whose tables are on ``device``."""
+        bank = ModulationBank(self._planned)
+        moved: dict[int, Modulation] = {}
+        for level, (table, row) in self._known.items():
+            if id(table) not in moved:
+                moved[id(table)] = Modulation(*(part.to(device) for part in table))
+            bank._known[level] = (moved[id(table)], row)
+        return bank
+
     def _evaluate(
         self, denoiser: LensDenoiser, levels: list[float], like: Tensor, dtype: torch.dtype
     ) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from ..kernels.block import SCORE_LIMIT, score_bound
+from .block import JointAttention
 from .modulation import Modulation, ModulationBank
 from .rope import joint_positions, rotary_table
 from .step_cache import StepCache
@@ -16,23 +19,43 @@ if TYPE_CHECKING:
     from .transformer import LensDenoiser
 
 
+log = logging.getLogger(__name__)
+
+
 class DenoiserRun:
     """Modulation of every noise level, and rotation tables by size and text length.
 
     Valid while the weights stay as they are. Levels unknown before are evaluated when they come.
     """
 
-    def __init__(self, levels: Iterable[float] = (), cache: StepCache | None = None) -> None:
-        """``levels`` are the noise levels to come, in order; ``cache`` None computes every step in full."""
+    def __init__(
+        self,
+        levels: Iterable[float] = (),
+        before: DenoiserRun | None = None,
+        cache: StepCache | None = None,
+    ) -> None:
+        """``levels`` are the noise levels to come, in order; ``before`` is what ``in_ram`` gave of a run with
+        the same levels and weights; without a ``cache`` every step is computed in full."""
         self.cache = cache
         self._levels = list(levels)
+        self._ram: dict[torch.dtype, ModulationBank] = {} if before is None else before._ram
         self._banks: dict[tuple[torch.device, torch.dtype], ModulationBank] = {}
+        self._bounded: frozenset[JointAttention] | None = None
         self._rotary: dict[tuple[tuple[int, int], int, torch.device], Tensor] = {}
 
     def modulation(self, denoiser: LensDenoiser, sigma: Tensor, dtype: torch.dtype) -> Modulation:
         """Modulation for noise levels sigma [B]."""
-        bank = self._banks.setdefault((sigma.device, dtype), ModulationBank(self._levels))
-        return bank.at(denoiser, sigma, dtype)
+        name = (sigma.device, dtype)
+        if name not in self._banks:
+            kept = self._ram.get(dtype)
+            self._banks[name] = ModulationBank(self._levels) if kept is None else kept.to(sigma.device)
+        return self._banks[name].at(denoiser, sigma, dtype)
+
+    def in_ram(self) -> DenoiserRun:
+        """Its modulation alone, off the GPU: a later run with the same levels need not compute it again."""
+        run = DenoiserRun(self._levels, self)
+        run._ram = {dtype: bank.to("cpu") for (_, dtype), bank in self._banks.items()}
+        return run
 
     def rotary(
         self, denoiser: LensDenoiser, grid: tuple[int, int], text_length: int, device: torch.device
@@ -45,3 +68,24 @@ class DenoiserRun:
             table = rotary_table(positions, config.axes_dims_rope, config.rope_theta)
             self._rotary[name] = table.to(device)
         return self._rotary[name]
+
+    def bounded(self, denoiser: LensDenoiser, like: Tensor) -> frozenset[JointAttention]:
+        """The attention layers whose norms keep scores small enough for the kernels' own attention."""
+        if self._bounded is None:
+            layers = [block.attn for block in denoiser.blocks]
+            weights = [denoiser.weight_of(norm, like) for layer in layers for norm in layer.norms()]
+            largest = torch.stack(torch._foreach_norm(weights, float("inf"))).unflatten(0, (-1, 4)).tolist()
+            dim = denoiser.config.attention_head_dim
+            self._bounded = frozenset(
+                layer
+                for layer, (q, k, added_q, added_k) in zip(layers, largest, strict=True)
+                if score_bound(max(q, added_q), max(k, added_k), dim) <= SCORE_LIMIT
+            )
+            if len(self._bounded) < len(layers):
+                log.info(
+                    "Attention of %d of %d blocks runs in PyTorch: their scores may exceed %.0f.",
+                    len(layers) - len(self._bounded),
+                    len(layers),
+                    SCORE_LIMIT,
+                )
+        return self._bounded

@@ -19,9 +19,11 @@ from torch import Tensor, nn
 from ..config import DenoiserConfig
 from ..kernels import EAGER_BLOCK, choose_block
 from ..kernels.block import modulate
-from ..ops import Attention, Operations, fastest_attention, padding_mask
+from ..ops import Attention, Operations, padding_mask
 from .block import LensBlock, Shared, run_blocks
+from .graph import BlockGraphs
 from .run import DenoiserRun
+from .step_cache import RunBlocks
 
 
 def round_sigma(sigma: Tensor, dtype: torch.dtype) -> Tensor:
@@ -117,24 +119,26 @@ class LensDenoiser(nn.Module):
         text_real: Tensor | None = None,
         attention: Attention | None = None,
         run: DenoiserRun | None = None,
+        graphs: BlockGraphs | None = None,
         entry: Hashable = None,
     ) -> Tensor:
         """Velocity [B, N, C] of latents [B, N, C] at noise level sigma [B] in [0, 1].
 
         ``text`` is [B, S, L, text hidden] or ``embed_text``'s [B, S, H], S = 0 for an empty prompt; ``grid``
         is (h, w) with h * w = N; ``text_real`` [B, S] marks real tokens, None when all are (no mask is
-        built); ``attention`` is PyTorch's if None; ``run`` keeps what the steps of one picture share;
-        ``entry`` tells the run's step cache apart what is denoised by what text.
+        built); ``attention`` None is the fastest here; ``run`` keeps what the steps of one picture share,
+        ``graphs`` recorded launches; ``entry`` names what is denoised by what text for the run's step cache.
         """
         run = DenoiserRun() if run is None else run
         img = self.img_in(latents)
         txt = text if text.ndim == 3 else self.embed_text(text)
         modulation = run.modulation(self, sigma, img.dtype)
         mask = None if text_real is None else padding_mask(text_real, img.shape[1], img.dtype)
-        attention = attention or fastest_attention(img.device)
         shared = self.shared(img, txt, grid, mask, attention, run)
         streams = (img, txt) if txt.shape[1] else (img,)
-        through = run_blocks if run.cache is None else run.cache.blocks(entry, sigma)
+        through: RunBlocks = run_blocks if graphs is None else graphs.run_blocks
+        if run.cache is not None:
+            through = run.cache.through(entry, sigma, through)
         img = through(self.blocks, streams, modulation.tables(), shared)[0]
         return self.proj_out(self.norm_out(img, modulation.out))
 
@@ -149,7 +153,7 @@ class LensDenoiser(nn.Module):
         txt: Tensor,
         grid: tuple[int, int],
         mask: Tensor | None,
-        attention: Attention,
+        attention: Attention | None,
         run: DenoiserRun,
     ) -> Shared:
         """What all blocks share in a forward with streams img [B, N, H] and txt [B, S, H]."""
@@ -158,7 +162,8 @@ class LensDenoiser(nn.Module):
         else:
             kernels = choose_block(img.device, img.dtype, self.config.attention_head_dim)
         rotary = run.rotary(self, grid, txt.shape[1], img.device)
-        return Shared(kernels, attention, rotary, mask, self.weight_of)
+        bounded = () if kernels.attend is None else run.bounded(self, img)
+        return Shared(kernels, attention, rotary, mask, self.weight_of, bounded)
 
     def weight_of(self, norm: Any, x: Tensor) -> Tensor:
         """A norm's weight for use beside x; a caller whose operations offload or patch it says otherwise."""

@@ -16,6 +16,12 @@ from torch import Tensor
 # The parts of a modulation table [B, 6 H]: shift, scale and gate of attention, then of the MLP.
 PARTS = 6
 
+# ``attend`` by Triton subtracts from a row's scores so much that two is raised to EXP2_HEADROOM at most:
+# far from fp32's overflow at 128 with values of 1.4e5 and 10,000 keys. With scores up to SCORE_LIMIT (81 as
+# powers of two) even a row whose largest is -SCORE_LIMIT stays above its underflow at -126.
+EXP2_HEADROOM = 60.0
+SCORE_LIMIT = 56.0
+
 
 class Rows(NamedTuple):
     """One stream where a gated update ends and a modulated norm begins.
@@ -89,6 +95,25 @@ def joint_heads(
         parts.append((F.rms_norm(q, (dim,), norm.q, norm.eps), F.rms_norm(k, (dim,), norm.k, norm.eps), v))
     q, k, v = parts[0] if len(parts) == 1 else (torch.cat(pair, dim=1) for pair in zip(*parts, strict=True))
     return rotate_pairs(q, rotary), rotate_pairs(k, rotary), v
+
+
+def attend(
+    streams: Sequence[Tensor], norms: Sequence[HeadNorms], rotary: Tensor, image_only: bool
+) -> list[Tensor]:
+    """Softmax attention over projections [B, T, 3 H] of each stream -> [B, T, H] of each, or of the image's.
+
+    The projections may be overwritten. Faster kernels count on ``score_bound`` of ``norms``.
+    """
+    q, k, v = (x.transpose(1, 2) for x in joint_heads(streams, norms, rotary))
+    out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    parts = list(out.split([qkv.shape[1] for qkv in streams], dim=1))
+    return parts[:1] if image_only else parts
+
+
+def score_bound(largest_q: float, largest_k: float, head_dim: int) -> float:
+    """The largest |q k| / sqrt(D) that norms with these largest weights let through: RMSNorm makes vectors of
+    length sqrt(D), and a rotation keeps it."""
+    return largest_q * largest_k * head_dim**0.5
 
 
 def swiglu(gates: Sequence[Tensor], ups: Sequence[Tensor]) -> list[Tensor]:

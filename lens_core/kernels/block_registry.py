@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -24,6 +24,8 @@ class BlockKernels:
     add_modulate: Callable[..., tuple[list[Tensor], list[Tensor]]]
     joint_heads: Callable[..., tuple[Tensor, Tensor, Tensor]]
     swiglu: Callable[..., list[Tensor]]
+    # None where PyTorch's attention after joint_heads is as fast.
+    attend: Callable[..., list[Tensor]] | None = None
 
 
 EAGER_BLOCK = BlockKernels("torch", block.add_modulate, block.joint_heads, block.swiglu)
@@ -36,7 +38,8 @@ def choose_block(device: torch.device, dtype: torch.dtype, head_dim: int) -> Blo
         return EAGER_BLOCK
     reason = why_not_triton_block(device, dtype, head_dim)
     if reason is None:
-        return triton_block_kernels()
+        kernels = triton_block_kernels()
+        return kernels if attends(device, dtype) else replace(kernels, attend=None)
     log.warning(
         "The denoiser runs in plain PyTorch between its matrix products, slower than with Triton: %s.",
         reason,
@@ -54,12 +57,25 @@ def why_not_triton_block(device: torch.device, dtype: torch.dtype, head_dim: int
     return reason
 
 
+def attends(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether attention by Triton is right in ``dtype`` (fp16 would overflow) and known to be faster."""
+    if dtype != torch.bfloat16:
+        return False
+    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] == 9
+
+
 @cache
 def triton_block_kernels() -> BlockKernels:
     """The Triton backend; import only once its limits are met."""
     from .triton import block_launch
 
-    return BlockKernels("triton", block_launch.add_modulate, block_launch.joint_heads, block_launch.swiglu)
+    return BlockKernels(
+        "triton",
+        block_launch.add_modulate,
+        block_launch.joint_heads,
+        block_launch.swiglu,
+        block_launch.attend,
+    )
 
 
 def difference(device: torch.device, dtype: torch.dtype, head_dim: int) -> float:
@@ -69,7 +85,7 @@ def difference(device: torch.device, dtype: torch.dtype, head_dim: int) -> float
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(device, dtype)
 
-    heads = 6
+    heads = 24  # the published model's, so that what is compiled here serves there too
     hidden = heads * head_dim
     tables = [normal(2, 6 * hidden) for _ in range(4)]
     rows = [  # image and text
@@ -78,7 +94,7 @@ def difference(device: torch.device, dtype: torch.dtype, head_dim: int) -> float
     ]
     angle = torch.randn(42, head_dim // 2, generator=generator).to(device)
     rotary = torch.stack([angle.cos(), angle.sin()])
-    norms = [HeadNorms(normal(head_dim), normal(head_dim), 1e-6) for _ in range(2)]
+    norms = [HeadNorms(1 + normal(head_dim) / 4, 1 + normal(head_dim) / 4, 1e-6) for _ in range(2)]
     qkv = [normal(2, tokens, 3 * hidden) for tokens in (37, 5)]
     entering = [row._replace(update=None) for row in rows[:1]]
     leaving = [row._replace(weight=None) for row in rows]
@@ -88,8 +104,15 @@ def difference(device: torch.device, dtype: torch.dtype, head_dim: int) -> float
         both = kernels.joint_heads([x.clone() for x in qkv], norms, rotary)
         image = kernels.joint_heads([qkv[0].clone()], norms[:1], rotary[:, :37].contiguous())
         gated = kernels.swiglu([x.clone() for x in qkv], qkv)
-        _, entered = kernels.add_modulate(entering, 2, 3)
-        left, _ = kernels.add_modulate(leaving, 2, 3)
-        return (*totals, *normed, *both, *image, *gated, *entered, *left)
+        _, entered = kernels.add_modulate(entering, 5, 0)
+        left, _ = kernels.add_modulate(leaving, 5, 0)
+        middle, middle_normed = kernels.add_modulate(rows, 2, 3)
+        added = (*totals, *normed, *entered, *left, *middle, *middle_normed)
+        if not attends(device, dtype):
+            return (*added, *both, *image, *gated)
+        attend = kernels.attend or block.attend
+        seen = attend([x.clone() for x in qkv], norms, rotary, False)
+        seen_by_image = attend([qkv[0].clone()], norms[:1], rotary[:, :37].contiguous(), True)
+        return (*added, *both, *image, *gated, *seen, *seen_by_image)
 
     return backend.apart(run(triton_block_kernels()), run(EAGER_BLOCK))

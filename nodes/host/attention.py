@@ -4,22 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from comfy.ldm.modules import attention as host
 from torch import Tensor
 
-from ...lens_core.ops import Attention, fastest_attention
+from ...lens_core.ops import Attention
 
 # Values reach 1.4e5. Kernels that cast them to fp16 (SageAttention) overflow at 65,504; a power of two moves
 # them into its range and back without any rounding.
 _INTO_FP16 = 2.0**-8
 
 
-def host_attention(options: dict[str, Any], device: torch.device) -> Attention:
-    """PyTorch's attention by its fastest backend where ComfyUI would use PyTorch's too; else the one chosen
-    by a start flag or by an ``optimized_attention_override`` in ``options``."""
+def host_attention(options: dict[str, Any]) -> Attention | None:
+    """None, our fastest, where ComfyUI would use PyTorch's; else the one chosen by a start flag or by an
+    ``optimized_attention_override`` in ``options``."""
     if "optimized_attention_override" not in options and host.optimized_attention is host.attention_pytorch:
-        return fastest_attention(device)
+        return None
 
     def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         out = host.optimized_attention(

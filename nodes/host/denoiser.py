@@ -20,12 +20,15 @@ from ...lens_core.config import DenoiserConfig
 from ...lens_core.denoiser import DenoiserRun, LensDenoiser
 from ...lens_core.denoiser.block import Shared, Tables, run_blocks
 from ...lens_core.denoiser.modulation import Modulation
+from ...lens_core.denoiser.step_cache import RunBlocks
 from ...lens_core.ops import padding_mask
 from ...lens_core.sampling import grid_to_tokens, tokens_to_grid
 from .attention import host_attention
 
 # Where transformer_options keep the DenoiserRun of the picture that is being sampled.
 RUN = "lens_run"
+# And the BlockGraphs of the MODEL, if the user wants them.
+GRAPHS = "lens_graphs"
 _HOOKED = "another node works between the blocks or on their attention, and must see them all"
 
 
@@ -92,14 +95,17 @@ class HostDenoiser(LensDenoiser):
         mask = None
         if attention_mask is not None:
             mask = padding_mask(attention_mask, img.shape[1], img.dtype)
-        shared = self.shared(img, txt, grid, mask, host_attention(options, img.device), run)
+        shared = self.shared(img, txt, grid, mask, host_attention(options), run)
         if hooked(options, control):
             if run.cache is not None:
                 run.cache.hinder(_HOOKED)
             img = self._hooked_blocks(x, img, txt, modulation, shared, options, control)
         else:
             streams = (img, txt) if txt.shape[1] else (img,)
-            through = run_blocks if run.cache is None else run.cache.blocks(*_entry(options, timestep))
+            graphs = options.get(GRAPHS)
+            through: RunBlocks = run_blocks if graphs is None else graphs.run_blocks
+            if run.cache is not None:
+                through = run.cache.through(*_entry(options, timestep), through)
             img = through(self.blocks, streams, modulation.tables(), shared)[0]
         return tokens_to_grid(self.proj_out(self.norm_out(img, modulation.out)), grid).contiguous()
 
@@ -159,7 +165,7 @@ class HostDenoiser(LensDenoiser):
                 shared,
                 rotary=args["pe"],
                 mask=args.get("attn_mask"),
-                attention=host_attention(own, img.device),
+                attention=host_attention(own),
                 text_queries=True,
             )
             changed = args["vec"] is not temb

@@ -34,7 +34,7 @@ from ...lens_core.weights import (
     open_checkpoint,
     variant_of,
 )
-from .denoiser import RUN, HostDenoiser
+from .denoiser import GRAPHS, RUN, HostDenoiser
 from .progress import on_progress
 from .reader import host_reader
 from .residency import patcher_class
@@ -75,6 +75,8 @@ class LensModel(comfy.model_base.BaseModel):
     def __init__(self, model_config: LensModelConfig, device: torch.device | str | None = None) -> None:
         flow = comfy.model_base.ModelType.FLUX
         super().__init__(model_config, flow, device=device, unet_model=HostDenoiser)
+        # The modulation of the run before and what it belongs to, in RAM (see ``run``).
+        self.kept_modulation: tuple[Any, Any] = (None, None)
 
     def extra_conds(self, **kwargs: Any) -> dict[str, Any]:
         """Conditioning of one entry; raises SettingError if another model's encoder made it."""
@@ -104,6 +106,7 @@ class LensModel(comfy.model_base.BaseModel):
             run = options.pop(RUN, None)
             if run is not None and run.cache is not None:
                 run.cache.hinder("hooks change the weights during the run")
+            options.pop(GRAPHS, None)
         return super()._apply_model(x, t, c_concat, c_crossattn, control, options, **kwargs)
 
 

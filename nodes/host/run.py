@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ...lens_core.denoiser import DenoiserRun
@@ -17,33 +18,60 @@ log = logging.getLogger(__name__)
 
 def sample_with_run(executor: Any, guider: Any, sigmas: Tensor, extra_args: dict, *rest: Any) -> Any:
     """A SAMPLER_SAMPLE wrapper: the run's noise levels are known now, so their modulation is computed now."""
+    levels = [level for level in sigmas.tolist() if level > 0]
     options = extra_args["model_options"]["transformer_options"]
-    cache = cache_of(options, sigmas)
-    options[RUN] = run = DenoiserRun((level for level in sigmas.tolist() if level > 0), cache)
     denoiser = guider.inner_model.diffusion_model
-    if isinstance(denoiser, HostDenoiser) and len(sigmas):
-        patcher, dtype = guider.model_patcher, guider.inner_model.get_dtype_inference()
-        run.modulation(denoiser, sigmas[:1].to(patcher.load_device), dtype)
-        _make_room(guider, patcher, denoiser, rest)
+    run = DenoiserRun(levels)
+    if isinstance(denoiser, HostDenoiser) and levels:
+        run = _prepared(guider, denoiser, levels)
+        _make_room(guider, guider.model_patcher, denoiser, rest)
+    options[RUN] = run
+    run.cache = cache = cache_of(options, sigmas)
     result = executor(guider, sigmas, extra_args, *rest)
     if cache is not None:
         log.info("Lens: %s.", cache.summary(len(denoiser.blocks)))
     return result
 
 
-def _make_room(guider: Any, patcher: Any, denoiser: HostDenoiser, rest: tuple) -> None:
-    """Take the modulation's weights off the GPU if the steps need their room; say what was done."""
+def _prepared(guider: Any, denoiser: HostDenoiser, levels: list[float]) -> DenoiserRun:
+    """A run with its modulation: of the run before if that had the same levels and weights.
+
+    It is kept only where the weights would have to come to the GPU for it again, which takes as long as some
+    steps; where they are there, computing it takes a tenth of one.
+    """
+    patcher, model = guider.model_patcher, guider.inner_model
+    dtype = model.get_dtype_inference()
+    name = (patcher.patches_uuid, dtype, tuple(levels))
+    known, kept = model.kept_modulation
+    run = DenoiserRun(levels, kept if known == name else None)
+    run.modulation(denoiser, torch.tensor(levels[:1], device=patcher.load_device), dtype)
+    if _on_gpu(patcher, denoiser) == modulation_bytes(denoiser):
+        model.kept_modulation = (None, None)
+    elif known != name:
+        model.kept_modulation = (name, run.in_ram())
+    return run
+
+
+def _on_gpu(patcher: Any, denoiser: HostDenoiser) -> int:
+    """Bytes of the modulation's weights on the GPU: what is loaded beyond the others, as these come last."""
     size = modulation_bytes(denoiser)
+    return min(size, max(0, patcher.loaded_size() - (patcher.model_size() - size)))
+
+
+def _make_room(guider: Any, patcher: Any, denoiser: HostDenoiser, rest: tuple) -> None:
+    """Take the modulation's weights off the GPU as far as the steps need their room; say what was done."""
     noise = next(value for value in rest if isinstance(value, Tensor))
-    needed = guider.inner_model.memory_required(list(noise.shape))
-    free = patcher.get_free_memory(patcher.load_device)
-    if free < needed:
-        patcher.partially_unload(patcher.offload_device, size)
+    device = patcher.load_device
+    missing = guider.inner_model.memory_required(list(noise.shape)) - patcher.get_free_memory(device)
+    size = modulation_bytes(denoiser)
+    released = min(_on_gpu(patcher, denoiser), missing)
+    if released > 0:
+        patcher.partially_unload(patcher.offload_device, released)
     log.info(
-        "Lens: the steps do without the %.2f GB of modulation weights (%s); %.2f of %.2f GB are on %s.",
+        "Lens: the steps do without %.2f GB of modulation weights; %s. %.2f of %.2f GB are on %s.",
         size / 1e9,
-        "released" if free < needed else "where memory is free they stay",
+        f"{released / 1e9:.2f} GB of them were released" if released > 0 else "what fits of them stays",
         patcher.loaded_size() / 1e9,
         patcher.model_size() / 1e9,
-        patcher.load_device,
+        device,
     )

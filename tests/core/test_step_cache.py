@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lens_core.denoiser import STEP_CACHE_OFF, DenoiserRun, LensDenoiser, StepCache, StepCacheOptions
-from lens_core.denoiser import step_cache as module
+from lens_core.denoiser.block import run_blocks
 from lens_core.errors import SettingError
 from lens_core.interval import WHOLE, Interval
 from lens_core.loading import load_denoiser
@@ -49,7 +49,7 @@ def walk(denoiser: LensDenoiser, cache: StepCache | None, levels: Sequence[float
     """Velocities [steps, N, C] along a slowly changing path; the text has the same on all calls."""
     generator = torch.Generator().manual_seed(1)
     start, towards = (torch.randn(1, TOKENS, 128, generator=generator) for _ in range(2))
-    run = DenoiserRun(levels[:-1], cache)
+    run = DenoiserRun(levels[:-1], cache=cache)
     out = [
         denoiser(start + (1 - level) * towards, torch.tensor([level]), text, GRID, run=run, entry="a")
         for level in levels[:-1]
@@ -123,8 +123,8 @@ def test_a_skipped_step_adds_what_the_other_blocks_added_before(
     notes: list[Tensor] = []
 
     def noting(blocks: Sequence[Any], streams: Sequence[Tensor], tables: Sequence, shared: Any) -> list:
-        first = module.run_blocks(blocks[:1], streams, tables[:1], shared)
-        out = module.run_blocks(blocks[1:], first, tables[1:], shared)
+        first = run_blocks(blocks[:1], streams, tables[:1], shared)
+        out = run_blocks(blocks[1:], first, tables[1:], shared)
         notes.extend([first[0], out[0]])
         return out
 
@@ -165,10 +165,9 @@ def test_gradients_are_never_cut_off(denoiser: LensDenoiser):
 class Toy:
     """A denoiser of two blocks: the first adds a given number to the image stream, the other ten."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self) -> None:
         self.first = 0.0
         self.ran: list[str] = []
-        monkeypatch.setattr(module, "run_blocks", self._run)
 
     def _run(
         self, blocks: Sequence[str], streams: Sequence[Tensor], tables: Any, shared: Any
@@ -193,15 +192,15 @@ class Toy:
         if text is not None:
             streams.append(torch.zeros(shape[0], text, shape[2], dtype=dtype))
         sigma = torch.as_tensor(level).expand(shape[0])
-        (image, *_) = cache.blocks(entry, sigma)(["first", "rest"], streams, [None, None], None)
+        (image, *_) = cache.through(entry, sigma, self._run)(["first", "rest"], streams, [None, None], None)
         assert image.shape == shape and image.dtype == dtype
         assert self.ran in (["first", "rest"], ["first"])
         return len(self.ran) == 1
 
 
 @pytest.fixture
-def toy(monkeypatch: pytest.MonkeyPatch) -> Toy:
-    return Toy(monkeypatch)
+def toy() -> Toy:
+    return Toy()
 
 
 LEVELS = [1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0]
@@ -219,7 +218,7 @@ def test_the_threshold_is_the_relative_change_of_block_0s_part(toy: Toy):
         assert skips(toy, StepCache(options(0.1), LEVELS), [10.0, 10 * first]) == [False, skipped]
 
 
-def test_the_change_is_a_mean_over_all_numbers(monkeypatch: pytest.MonkeyPatch):
+def test_the_change_is_a_mean_over_all_numbers():
     """One of eight that changes by 0.72 is a change of 0.09."""
     parts: Iterator[Tensor]
 
@@ -230,10 +229,10 @@ def test_the_change_is_a_mean_over_all_numbers(monkeypatch: pytest.MonkeyPatch):
         changed = torch.ones(1, 4, 2)
         changed[0, 2, 1] += change
         parts = iter([torch.ones(1, 4, 2), changed])
-        monkeypatch.setattr(module, "run_blocks", run)
         cache = StepCache(options(0.1), LEVELS)
         for level in LEVELS[:2]:
-            cache.blocks("a", torch.tensor([level]))(["first", "rest"], [torch.zeros(1, 4, 2)], [0, 0], None)
+            through = cache.through("a", torch.tensor([level]), run)
+            through(["first", "rest"], [torch.zeros(1, 4, 2)], [0, 0], None)
         assert cache.skipped == skipped
 
 

@@ -1,7 +1,8 @@
 """The denoiser's work between its matrix products: each number is read once and written once.
 
 Every kernel takes the image and the text stream in one launch (the first programs are the image's): on
-their own, the few text rows would leave most of the GPU idle.
+their own, the few text rows would leave most of the GPU idle. Sizes that change from picture to picture are
+not specialised, so that nothing is compiled again for them; their divisibility stands in constants instead.
 """
 
 from __future__ import annotations
@@ -37,7 +38,12 @@ def _modulated_rows(
         tl.store(normed + at, (value * factor + shift).to(dtype), mask=ok)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "img_tokens", "img_before_stride", "img_after_stride",
+        "txt_tokens", "txt_before_stride", "txt_after_stride",
+    ]
+)  # fmt: skip
 def add_modulate(
     img, img_update, img_total, img_normed, img_before, img_weight, img_after, img_tokens,
     img_before_stride, img_after_stride, img_eps,
@@ -46,7 +52,7 @@ def add_modulate(
     H: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, GATE: tl.constexpr, SHIFT: tl.constexpr,
     ADD: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
-    """Streams [B, T, H]; their tables [B, 6 H] have one row a picture, at strides of their own."""
+    """Streams [B, T, H]; their tables [B, 6 H] have one row a picture, at strides counted in H."""
     program = tl.program_id(0)
     batch = tl.program_id(1).to(tl.int64)
     image_programs = tl.cdiv(img_tokens, ROWS)
@@ -55,21 +61,21 @@ def add_modulate(
         base = batch * img_tokens * H
         _modulated_rows(
             img + base, img_update + base, img_total + base, img_normed + base,
-            img_before + batch * img_before_stride, img_weight, img_after + batch * img_after_stride,
+            img_before + batch * img_before_stride * H, img_weight, img_after + batch * img_after_stride * H,
             program * ROWS + lane, img_tokens, img_eps, H, BLOCK, GATE, SHIFT, ADD, NORM,
         )  # fmt: skip
     else:
         base = batch * txt_tokens * H
         _modulated_rows(
             txt + base, txt_update + base, txt_total + base, txt_normed + base,
-            txt_before + batch * txt_before_stride, txt_weight, txt_after + batch * txt_after_stride,
+            txt_before + batch * txt_before_stride * H, txt_weight, txt_after + batch * txt_after_stride * H,
             (program - image_programs) * ROWS + lane, txt_tokens, txt_eps, H, BLOCK, GATE, SHIFT, ADD, NORM,
         )  # fmt: skip
 
 
 @triton.jit
 def _head_rows(
-    source, target, target_stride, weight, rotary, half, token, joint, tokens, eps, part,
+    source, target, token_stride, weight, factor, rotary, half, token, joint, tokens, eps, part,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """One of q, k and v of some tokens [R, 1, 1] of one stream of one picture."""
@@ -78,7 +84,7 @@ def _head_rows(
     pair = tl.arange(0, D // 2)[None, None, :]
     cos = tl.load(rotary + joint * (D // 2) + pair, mask=ok, other=0)
     sin = tl.load(rotary + half + joint * (D // 2) + pair, mask=ok, other=0)
-    gain = tl.load(weight + channel).to(tl.float32)
+    gain = tl.load(weight + channel).to(tl.float32) * factor
     for first in tl.static_range(0, HEADS, GROUP):
         head = first + tl.arange(0, GROUP)[None, :, None]
         value = tl.load(source + ((token * 3 + part) * HEADS + head) * D + channel, mask=ok, other=0)
@@ -88,34 +94,42 @@ def _head_rows(
             real, imaginary = tl.split(tl.reshape(x, (x.shape[0], GROUP, D // 2, 2)))
             turned = tl.join(real * cos - imaginary * sin, real * sin + imaginary * cos)
             value = tl.reshape(turned, (x.shape[0], GROUP, D)).to(value.dtype)
-        tl.store(target + joint * target_stride + head * D + channel, value, mask=ok)
+        tl.store(target + (token * token_stride * HEADS + head) * D + channel, value, mask=ok)
 
 
-@triton.jit
-def joint_heads(
-    img, txt, out, rotary, img_q, img_k, img_eps, txt_q, txt_k, txt_eps, img_tokens, txt_tokens,
-    part_stride, batch_stride, token_stride,
+@triton.jit(do_not_specialize=["img_tokens", "txt_tokens", "part_stride", "img_stride", "txt_stride"])
+def turn_heads(
+    img, txt, img_out, txt_out, rotary, img_q, img_k, img_eps, txt_q, txt_k, txt_eps, q_factor,
+    img_tokens, txt_tokens, part_stride, img_stride, txt_stride,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
+    TOKEN_STRIDE: tl.constexpr,
 ):  # fmt: skip
-    """img and txt [B, T, 3, HEADS, D] -> q and k, normed and rotated, and v, in ``out`` at its strides.
+    """img and txt [B, T, 3, HEADS, D] -> q (times ``q_factor``) and k, normed and rotated, and v as it is.
 
-    rotary [2, N + S, D / 2]. Each number is read by the program that writes it, so ``out`` may be ``img``.
+    rotary [2, N + S, D / 2]. The strides of what is written, from part to part, picture to picture and token
+    to token, count rows of HEADS * D. Each number is read by the program that writes it, so the outputs may
+    be the inputs.
     """
     program = tl.program_id(0)
     part = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
+    WIDTH: tl.constexpr = HEADS * D
     half = (img_tokens + txt_tokens) * (D // 2)
-    target = out + part * part_stride + batch * batch_stride
     image_programs = tl.cdiv(img_tokens, ROWS)
     lane = tl.arange(0, ROWS)[:, None, None]
+    factor = q_factor
+    if part == 1:
+        factor = 1.0
     if program < image_programs:
         weight = img_q
         if part == 1:
             weight = img_k
         token = program * ROWS + lane
         _head_rows(
-            img + batch * img_tokens * (3 * HEADS * D), target, token_stride, weight, rotary, half,
-            token, token, img_tokens, img_eps, part, HEADS, GROUP, D,
+            img + batch * img_tokens * (3 * WIDTH),
+            img_out + (part.to(tl.int64) * part_stride + batch * img_stride) * WIDTH,
+            TOKEN_STRIDE, weight, factor, rotary, half, token, token, img_tokens, img_eps, part,
+            HEADS, GROUP, D,
         )  # fmt: skip
     else:
         weight = txt_q
@@ -123,8 +137,10 @@ def joint_heads(
             weight = txt_k
         token = (program - image_programs) * ROWS + lane
         _head_rows(
-            txt + batch * txt_tokens * (3 * HEADS * D), target, token_stride, weight, rotary, half,
-            token, img_tokens + token, txt_tokens, txt_eps, part, HEADS, GROUP, D,
+            txt + batch * txt_tokens * (3 * WIDTH),
+            txt_out + (part.to(tl.int64) * part_stride + batch * txt_stride) * WIDTH,
+            TOKEN_STRIDE, weight, factor, rotary, half, token, img_tokens + token, txt_tokens, txt_eps, part,
+            HEADS, GROUP, D,
         )  # fmt: skip
 
 
@@ -136,15 +152,15 @@ def _gated(gate, up, at, ok):
     tl.store(gate + at, (g * tl.sigmoid(g) * u).to(gate.dtype.element_ty), mask=ok)
 
 
-@triton.jit
-def swiglu(img, img_up, txt, txt_up, img_count, txt_count, BLOCK: tl.constexpr):
-    """silu(gate) * up in place of each stream's gate, over its ``count`` numbers."""
+@triton.jit(do_not_specialize=["img_rows", "txt_rows"])
+def swiglu(img, img_up, txt, txt_up, img_rows, txt_rows, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """silu(gate) * up in place of each stream's gate, over its rows of WIDTH numbers."""
     program = tl.program_id(0)
-    image_programs = tl.cdiv(img_count, BLOCK)
+    image_programs = tl.cdiv(img_rows * WIDTH, BLOCK)
     lane = tl.arange(0, BLOCK)
     if program < image_programs:
         at = program.to(tl.int64) * BLOCK + lane
-        _gated(img, img_up, at, at < img_count)
+        _gated(img, img_up, at, at < img_rows * WIDTH)
     else:
         at = (program - image_programs).to(tl.int64) * BLOCK + lane
-        _gated(txt, txt_up, at, at < txt_count)
+        _gated(txt, txt_up, at, at < txt_rows * WIDTH)
