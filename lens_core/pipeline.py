@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from .config import ENCODER_OPTIONS, EncoderOptions
-from .denoiser import DenoiserRun, LensDenoiser
+from .denoiser import BlockGraphs, DenoiserRun, LensDenoiser
 from .encoder import no_features
 from .errors import SettingError
 from .feature_cache import FeatureCache
 from .loading import load_denoiser, load_vae, open_encoder
+from .ops import Attention
 from .sampling import (
     euler,
     norm_rescaled_guidance,
@@ -34,7 +35,10 @@ _WORKING_MEMORY = 6 << 30
 
 @dataclass
 class LensPipeline:
-    """The components of a Lens folder on one device; the text encoder is read when a prompt needs it."""
+    """The components of a Lens folder on one device; the text encoder is read when a prompt needs it.
+
+    ``attention`` and ``graphs`` are the denoiser's.
+    """
 
     text: TextEncoder
     denoiser: LensDenoiser
@@ -42,6 +46,8 @@ class LensPipeline:
     device: torch.device
     dtype: torch.dtype
     options: EncoderOptions = ENCODER_OPTIONS
+    attention: Attention | None = None
+    graphs: BlockGraphs | None = None
 
     @classmethod
     def from_folder(
@@ -134,10 +140,11 @@ class LensPipeline:
         """Guided velocity [B, N, C] by embedded prompts [1, S, H]; at cfg 1 the negative is not evaluated."""
         batch = x.shape[0]
         level = sigma.expand(batch)
-        cond = self.denoiser(x, level, positive.expand(batch, -1, -1), grid, run=run)
+        denoiser = partial(self.denoiser, attention=self.attention, run=run, graphs=self.graphs)
+        cond = denoiser(x, level, positive.expand(batch, -1, -1), grid)
         if cfg == 1:
             return cond
-        uncond = self.denoiser(x, level, negative.expand(batch, -1, -1), grid, run=run)
+        uncond = denoiser(x, level, negative.expand(batch, -1, -1), grid)
         return norm_rescaled_guidance(cond, uncond, cfg)
 
     def noise(self, seed: int, batch: int, size: tuple[int, int]) -> Tensor:
