@@ -10,6 +10,7 @@ from torch import Tensor
 from ...lens_core.denoiser import DenoiserRun
 from ...lens_core.denoiser.modulation import modulation_bytes
 from .denoiser import RUN, HostDenoiser
+from .graphs import graphs_of_run
 
 log = logging.getLogger(__name__)
 
@@ -23,7 +24,8 @@ def sample_with_run(executor: Any, guider: Any, sigmas: Tensor, extra_args: dict
         patcher, dtype = guider.model_patcher, guider.inner_model.get_dtype_inference()
         run.modulation(denoiser, sigmas[:1].to(patcher.load_device), dtype)
         _make_room(guider, patcher, denoiser, rest)
-    return executor(guider, sigmas, extra_args, *rest)
+    with graphs_of_run(guider.model_patcher, extra_args["model_options"]):
+        return executor(guider, sigmas, extra_args, *rest)
 
 
 def _make_room(guider: Any, patcher: Any, denoiser: HostDenoiser, rest: tuple) -> None:
