@@ -184,8 +184,8 @@ def _lacks_bfloat16(device: torch.device) -> bool:
 @cache
 def _say_slow() -> None:
     log.warning(
-        "This GPU has no bfloat16, so Lens computes in float32, which is slower. float16, which it does have, "
-        "is no way out: Lens' values overflow it."
+        "This GPU has no bfloat16, so Lens computes in float32, which is slower. float16 is "
+        "no way out: Lens' values overflow it."
     )
 
 
