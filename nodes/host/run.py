@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import comfy.model_management
 from torch import Tensor
 
 from ...lens_core.denoiser import DenoiserRun
@@ -35,10 +36,12 @@ def _make_room(guider: Any, patcher: Any, denoiser: HostDenoiser, rest: tuple) -
     missing = guider.inner_model.memory_required(list(noise.shape)) - patcher.get_free_memory(device)
     size = modulation_bytes(denoiser)
     # What is loaded beyond the others is the modulation's: ComfyUI loads that last.
-    there = max(0, patcher.loaded_size() - (patcher.model_size() - size))
-    released = min(there, missing)
-    if released > 0:
-        patcher.partially_unload(patcher.offload_device, released)
+    there = patcher.loaded_size() - (patcher.model_size() - size)
+    # ComfyUI frees a byte more than it is asked for, and what it would need to stream that in the steps.
+    more = 1 + comfy.model_management.NUM_STREAMS * size / (2 * len(denoiser.blocks))
+    asked, released = min(there - more, missing), 0
+    if asked > 0 and device != patcher.offload_device:
+        released = patcher.partially_unload(patcher.offload_device, asked)
     log.info(
         "Lens: the steps do without %.2f GB of modulation weights; %s. %.2f of %.2f GB are on %s.",
         size / 1e9,
