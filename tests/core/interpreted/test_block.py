@@ -169,10 +169,13 @@ def test_heads_in_groups_of_a_power_of_two(heads: int):
 
 
 def test_heads_of_any_layout():
+    """A rotation table that is part of a longer one, too."""
     tokens = (3, 2)
     angle, rotary = cases.angles(tokens)
+    longer = torch.cat([rotary, rotary.new_full((2, 4, 32), float("nan"))], dim=1)[:, :5]
+    assert not longer.is_contiguous()
     streams = cases.projections(tokens, 2, 2, torch.float16)
-    check_heads([strided(qkv) for qkv in streams], tokens, rotary, angle)
+    check_heads([strided(qkv) for qkv in streams], tokens, longer, angle)
 
 
 def test_heads_without_text_are_turned_in_place():
