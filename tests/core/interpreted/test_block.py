@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lens_core.kernels import block as definitions
 from lens_core.kernels.block import Rows
-from lens_core.kernels.triton import block_launch
+from lens_core.kernels.triton import block, block_launch
 from lens_core.tiny.models import DENOISER as TINY
 from tests.compare import relative_l2
 from tests.core import block_cases as cases
@@ -247,3 +247,14 @@ def test_gates_far_from_zero():
     (got,) = block_launch.swiglu([gate.clone()], [torch.full_like(gate, 2.0)])
     assert got[0, 0, :3].tolist() == [0, 0, 0]
     assert torch.equal(got[0, 0, 3:], 2 * gate[0, 0, 3:])
+
+
+def test_more_gates_than_31_bits_count():
+    """32 pictures of 2048 x 2048 at once. Only the first program runs here; it is the image's."""
+    gate, up = torch.randn(2048).half(), torch.randn(2048).half()
+    text = torch.randn(2048).half()
+    want, before = formulas.gated(gate, up), text.clone()
+    rows = 2**31 // 4096 + 1
+    block.swiglu[(1,)](gate, up, text, text, rows, 1, WIDTH=4096, BLOCK=2048)
+    assert relative_l2(gate, want) < ROUNDING[torch.float16]
+    assert torch.equal(text, before)
