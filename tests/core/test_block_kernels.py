@@ -173,6 +173,14 @@ def test_triton_where_every_limit_is_met(gpu, capability, dtype, attends, caplog
     assert (kernels.attend is not None) is attends
 
 
+def test_amds_capability_is_not_nvidias(gpu):
+    """An MI300 says 9.4: it has no such attention, and its own compiler refuses the launch."""
+    gpu(9, 4, hip="7.0")
+    kernels = choose_block(CUDA, torch.bfloat16, 64)
+    assert kernels.name == "triton" and kernels.attend is None
+    assert fastest_attention(CUDA) is sdpa
+
+
 @pytest.mark.parametrize(
     ("capability", "dtype", "head_dim", "reason"),
     [
