@@ -238,6 +238,22 @@ def test_what_counts_as_modulation(denoiser: LensDenoiser):
     assert modulation_bytes(denoiser) == len(layers) * 6 * hidden * (hidden + 1) * 4
 
 
+def test_nothing_is_kept_while_weights_are_trained(tiny_folder: Path):
+    """They change from step to step, and each step's gradients need a graph of its own."""
+    with torch.inference_mode(False), torch.enable_grad():
+        denoiser, run = load_denoiser(tiny_folder, torch.float32).requires_grad_(True), DenoiserRun([0.5])
+        linear: Any = denoiser.blocks[0].img_mod[1]
+        for _ in range(3):
+            sigma = torch.tensor([0.5], requires_grad=True)
+            got = run.modulation(denoiser, sigma, torch.float32)
+            assert torch.equal(got.blocks[:, 0, 0], denoiser.blocks[0].img_mod(got.temb))
+            (got.blocks.sum() + got.out.sum()).backward()
+            assert linear.weight.grad.abs().sum() > 0 and sigma.grad is not None
+            with torch.no_grad():
+                linear.weight += 1
+                linear.weight.grad = None
+
+
 def test_an_output_table_is_part_of_it(denoiser: LensDenoiser):
     got: Tensor = at(ModulationBank(LEVELS), denoiser, LEVELS[4]).out
     want = denoiser.norm_out.linear(F.silu(denoiser.embed_sigma(torch.tensor(LEVELS[4:5]), torch.float32)))
