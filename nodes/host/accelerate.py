@@ -63,7 +63,8 @@ def _lens(model: Any) -> LensModel:
     network = getattr(model, "model", None)
     if isinstance(network, LensModel):
         return network
+    got = "no model" if network is None else f"another loader's {type(network).__name__}"
     raise SettingError(
-        f"The model is {type(network).__name__}; LensAccelerate works on LensModelLoader's only. Load the "
-        "Lens file with that instead of UNETLoader."
+        f"LensAccelerate works only on models from LensModelLoader, and got {got}. Load the Lens file with "
+        "LensModelLoader."
     )
