@@ -157,7 +157,8 @@ class LensDenoiser(nn.Module):
         run: DenoiserRun,
     ) -> Shared:
         """What all blocks share in a forward with streams img [B, N, H] and txt [B, S, H]."""
-        if img.requires_grad or txt.requires_grad:  # a training node: only the definitions have gradients
+        trained = (img, txt, *self.parameters()) if torch.is_grad_enabled() else ()
+        if any(x.requires_grad for x in trained):  # a training node: only the definitions have gradients
             kernels = EAGER_BLOCK
         else:
             kernels = choose_block(img.device, img.dtype, self.config.attention_head_dim)

@@ -249,6 +249,19 @@ def test_gradients_go_through_the_definitions(tiny_folder: Path, of_text: bool, 
         assert abs(by_gradient) > 1e-2
 
 
+def test_a_single_weight_in_training_is_need_enough(tiny_folder: Path, fast: list):
+    """Nothing that enters the blocks has gradients then."""
+    with torch.inference_mode(False), torch.enable_grad():
+        denoiser = load_denoiser(tiny_folder, torch.float32).requires_grad_(False)
+        (x, text), sigma = inputs((5, 3), 4), torch.tensor([0.6])
+        denoiser(x, sigma, text, (5, 3))
+        assert attentions(fast) == 3 * ["attend"], "no gradients are asked for yet"
+        fast.clear()
+        trained: Any = denoiser.blocks[1].attn.to_out[0].weight.requires_grad_(True)
+        denoiser(x, sigma, text, (5, 3)).sum().backward()
+        assert fast == [] and trained.grad.abs().sum() > 0
+
+
 def test_gradients_of_all_weights_and_without_a_need_the_choice(tiny_folder: Path, fast: list):
     with torch.inference_mode(False), torch.enable_grad():
         denoiser = load_denoiser(tiny_folder, torch.float32).requires_grad_(True)
