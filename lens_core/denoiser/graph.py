@@ -89,7 +89,7 @@ class BlockGraphs:
     ) -> list[Tensor]:
         """See ``block.run_blocks``. Bit for bit its result: the same kernels in the same order."""
         weights = self._weights(blocks)
-        reason = why_not(weights, streams[0], shared)
+        reason = why_not(weights, streams, shared)
         if reason is not None:
             _say_once(reason)
             self.runs["launched"] += 1
@@ -129,15 +129,16 @@ class BlockGraphs:
             self._recorded.popitem(last=False)
 
 
-def why_not(weights: Sequence[Tensor], x: Tensor, shared: Shared) -> str | None:
+def why_not(weights: Sequence[Tensor], streams: Sequence[Tensor], shared: Shared) -> str | None:
     """Why blocks with these weights cannot be recorded, in words; None where they can."""
-    if x.device.type != "cuda":
-        return f"the model computes on the {x.device.type.upper()}"
-    if x.requires_grad:
+    device = streams[0].device
+    if device.type != "cuda":
+        return f"the model computes on the {device.type.upper()}"
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (*streams, *weights)):
         return "gradients are asked for"
     if shared.attention is not None or shared.mask is not None:
         return "an attention of another's choice, or a mask, may change from step to step"
-    if any(weight.device != x.device for weight in weights):
+    if any(weight.device != device for weight in weights):
         return "not all of its weights are on the GPU"
     return None
 

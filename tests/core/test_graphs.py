@@ -125,6 +125,8 @@ CHOICE = "an attention of another's choice, or a mask, may change from step to s
         ([on(CPU)], [on(CPU)], {}, "the model computes on the CPU"),
         ([on(CUDA)], [on(torch.device("mps"))], {}, "the model computes on the MPS"),
         ([on(CUDA)], [on(CUDA, True), on(CUDA)], {}, "gradients are asked for"),
+        ([on(CUDA)], [on(CUDA), on(CUDA, True)], {}, "gradients are asked for"),
+        ([on(CUDA), on(CUDA, True)], [on(CUDA)], {}, "gradients are asked for"),
         ([on(CUDA)], [on(CUDA)], {"attention": sdpa}, CHOICE),
         ([on(CUDA)], [on(CUDA)], {"mask": torch.zeros(1)}, CHOICE),
         ([on(CUDA), on(CPU)], [on(CUDA)], {}, "not all of its weights are on the GPU"),
@@ -132,7 +134,11 @@ CHOICE = "an attention of another's choice, or a mask, may change from step to s
 )
 def test_why_not(weights: list, streams: list, changed: dict[str, Any], reason: str | None):
     with torch.inference_mode(False), torch.enable_grad():
-        assert module.why_not(weights, streams[0], shared_with(**changed)) == reason
+        assert module.why_not(weights, streams, shared_with(**changed)) == reason
+
+
+def test_a_parameter_needs_no_gradient_where_none_are_gathered():
+    assert module.why_not([on(CUDA, True)], [on(CUDA)], shared_with()) is None
 
 
 def test_the_second_of_a_size_is_recorded_and_later_ones_are_played(denoiser: LensDenoiser, recording: list):

@@ -34,8 +34,9 @@ def install(graph: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
 
     limits = graph.why_not
 
-    def why_not(weights: Sequence[Tensor], x: Tensor, shared: Any) -> str | None:
-        on_gpu = SimpleNamespace(device=torch.device("cuda"), requires_grad=x.requires_grad)
+    def why_not(weights: Sequence[Tensor], streams: Sequence[Tensor], shared: Any) -> str | None:
+        cuda = torch.device("cuda")
+        on_gpu: Any = [SimpleNamespace(device=cuda, requires_grad=x.requires_grad) for x in streams]
         return limits([], on_gpu, shared)
 
     monkeypatch.setattr(graph, "_Recording", Recording)
