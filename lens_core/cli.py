@@ -20,12 +20,13 @@ import torch
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from .config import PLACEMENTS, TEMPLATE_DATE, EncoderOptions, Variant
-from .denoiser import DEFAULT_THRESHOLD, STEP_CACHE_OFF, StepCacheOptions
+from .config import PLACEMENTS, TEMPLATE_DATE, DenoiserConfig, EncoderOptions, Variant
+from .denoiser import DEFAULT_THRESHOLD, STEP_CACHE_OFF, BlockGraphs, StepCacheOptions
 from .errors import LensError, SettingError
 from .feature_cache import FeatureCache
 from .images import save_png
 from .interval import WHOLE, Interval
+from .ops import Attention, flash3_on
 from .pipeline import LensPipeline
 from .prompt import check_date, today
 from .sampling import ASPECT_RATIOS, BASE_RESOLUTIONS, bucket, check_size
@@ -35,6 +36,8 @@ from .weights import variant_of
 log = logging.getLogger(__name__)
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 _OFF = "off"
+# The denoiser's own choice, and what must be installed first.
+_ATTENTIONS = ("auto", "flash_attn3")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -62,6 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
     add("--out", type=Path, default=Path("outputs"), help="folder for the pictures")
     _add_saving_flags(generate)
+    _add_speed_flags(generate)
     _add_encoder_flags(generate)
     cache = commands.add_parser("cache", help="show or clear the text features kept on disk")
     cache.add_argument("--folder", default=default_cache(), metavar="DIR", help="default: %(default)s")
@@ -76,6 +80,13 @@ def _add_saving_flags(parser: argparse.ArgumentParser) -> None:
     add("--guidance_interval", type=float, nargs=2, default=whole, metavar=("START", "END"), help=part)
     skip = f"leave out most of a step that changes less than this, e.g. {DEFAULT_THRESHOLD}; 0: of none"
     add("--step_cache", type=float, default=STEP_CACHE_OFF.threshold, metavar="THRESHOLD", help=skip)
+
+
+def _add_speed_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("speed").add_argument
+    graphs = "record the denoiser's launches once and play them: faster where the GPU waits for the CPU"
+    add("--cuda_graphs", action="store_true", help=graphs)
+    add("--attention", default="auto", help=f"the denoiser's, one of {', '.join(_ATTENTIONS)}")
 
 
 def _add_encoder_flags(parser: argparse.ArgumentParser) -> None:
@@ -103,6 +114,7 @@ def generate(args: argparse.Namespace) -> list[Path]:
     dtype, variant, size = _check(args)
     options = _encoder_options(args)
     guided, step_cache = _savings(args)
+    attention = _attention(args, dtype)
     steps = variant.steps if args.steps is None else args.steps
     cfg = variant.cfg if args.cfg is None else args.cfg
     seed = secrets.randbelow(2**32) if args.seed is None else args.seed
@@ -110,6 +122,7 @@ def generate(args: argparse.Namespace) -> list[Path]:
     device = torch.device(args.device)
     with tqdm(desc="Loading", unit="tensor", leave=False, disable=None) as bar:
         pipeline = LensPipeline.from_folder(args.repo_id, device, dtype, _count(bar), options)
+    pipeline.attention, pipeline.graphs = attention, BlockGraphs() if args.cuda_graphs else None
     noise = pipeline.noise(seed, len(prompts) * args.n, size)
     paths = []
     for index, prompt in enumerate(prompts):
@@ -141,13 +154,15 @@ def generate(args: argparse.Namespace) -> list[Path]:
                 "n": args.n,
                 "index": index * args.n + number,
                 "batch": len(prompts) * args.n,
-                "dtype": args.dtype,
+                "dtype": str(dtype).removeprefix("torch."),
                 "device": device.type,
                 "checkpoint": Path(args.repo_id).resolve().name,
                 "variant": variant.name,
-                **_unusual(options, guided, step_cache),
+                **_unusual(options, args.attention, guided, step_cache),
             }
             paths.append(save_png(image, args.out, settings))
+    if pipeline.graphs is not None:
+        log.info("CUDA graphs: %s.", pipeline.graphs.report(dict.fromkeys(pipeline.graphs.runs, 0)))
     return paths
 
 
@@ -180,7 +195,31 @@ def _check(args: argparse.Namespace) -> tuple[torch.dtype, Variant, tuple[int, i
     folder = Path(args.repo_id)
     # A link's own name counts too: caches keep the files under a hash.
     variant = variant_of(f"{folder.absolute().name} {folder.resolve().name}")
-    return _DTYPES[args.dtype], variant, _size(args)
+    return _dtype(args), variant, _size(args)
+
+
+def _dtype(args: argparse.Namespace) -> torch.dtype:
+    """What the flag says, or float32 on a GPU that only imitates bfloat16."""
+    dtype, device = _DTYPES[args.dtype], torch.device(args.device)
+    if dtype != torch.bfloat16 or device.type != "cuda":
+        return dtype
+    with torch.cuda.device(device):
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return dtype
+    log.warning(
+        "This GPU has no bfloat16, so Lens is computed in float32: slower, and with twice the memory. "
+        "(float16 is no way out: Lens' values overflow it.)"
+    )
+    return torch.float32
+
+
+def _attention(args: argparse.Namespace, dtype: torch.dtype) -> Attention | None:
+    """The denoiser's attention that the flag means; raises before anything is loaded."""
+    if args.attention not in _ATTENTIONS:
+        raise SettingError(f"--attention must be one of {', '.join(_ATTENTIONS)}, got {args.attention}.")
+    if args.attention == "auto":
+        return None
+    return flash3_on(torch.device(args.device), dtype, DenoiserConfig().attention_head_dim)
 
 
 def _savings(args: argparse.Namespace) -> tuple[Interval, StepCacheOptions]:
@@ -226,8 +265,10 @@ def _cache_folder(flag: str, value: str) -> Path | None:
     return Path(value)
 
 
-def _unusual(options: EncoderOptions, guided: Interval, step_cache: StepCacheOptions) -> dict[str, Any]:
-    """Settings for the PNG that are not the default; the cache of text features changes nothing."""
+def _unusual(
+    options: EncoderOptions, attention: str, guided: Interval, step_cache: StepCacheOptions
+) -> dict[str, Any]:
+    """Settings for the PNG that are not the default; kept text features and CUDA graphs change nothing."""
     usual = EncoderOptions()
     settings = {
         "disable_mxfp4": (options.dense, usual.dense),
@@ -236,6 +277,7 @@ def _unusual(options: EncoderOptions, guided: Interval, step_cache: StepCacheOpt
         "template_date": (options.date, usual.date),
         "guidance_interval": ([guided.start, guided.end], [WHOLE.start, WHOLE.end]),
         "step_cache": (step_cache.threshold, STEP_CACHE_OFF.threshold),
+        "attention": (attention, "auto"),
     }
     return {name: value for name, (value, default) in settings.items() if value != default}
 

@@ -16,6 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from .errors import SettingError
+from .kernels import flash3
+
 # A namespace with Linear, RMSNorm and Embedding, constructed like torch.nn's.
 Operations = Any
 
@@ -91,6 +94,23 @@ def fastest_attention(device: torch.device) -> Attention:
         return sdpa
     # Hopper and data-centre Blackwell, where PyTorch's flash attention is still Ampere's.
     return cudnn_sdpa if torch.cuda.get_device_capability(device)[0] in (9, 10) else sdpa
+
+
+def flash3_or_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """FlashAttention-3 for what it takes; PyTorch's attention under a mask or in another dtype."""
+    if mask is None and q.dtype in flash3.DTYPES:
+        return flash3.flash3(q, k, v)
+    return fastest_attention(q.device)(q, k, v, mask)
+
+
+def flash3_on(device: torch.device, dtype: torch.dtype, head_dim: int) -> Attention:
+    """``flash3_or_sdpa``; raises SettingError where FlashAttention-3 cannot run."""
+    reason = flash3.why_not(device, dtype, head_dim, None)
+    if reason is not None:
+        raise SettingError(
+            f"FlashAttention-3 cannot be used: {reason}. Set attention to auto, the fastest that is here."
+        )
+    return flash3_or_sdpa
 
 
 def padding_mask(real: Tensor, before: int, dtype: torch.dtype) -> Tensor:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from .config import ENCODER_OPTIONS, EncoderOptions
-from .denoiser import STEP_CACHE_OFF, DenoiserRun, LensDenoiser, StepCache, StepCacheOptions
+from .denoiser import STEP_CACHE_OFF, BlockGraphs, DenoiserRun, LensDenoiser, StepCache, StepCacheOptions
 from .encoder import no_features
 from .errors import SettingError
 from .feature_cache import FeatureCache
 from .interval import WHOLE, Interval
 from .loading import load_denoiser, load_vae, open_encoder
+from .ops import Attention
 from .sampling import (
     euler,
     norm_rescaled_guidance,
@@ -37,7 +39,10 @@ _WORKING_MEMORY = 6 << 30
 
 @dataclass
 class LensPipeline:
-    """The components of a Lens folder on one device; the text encoder is read when a prompt needs it."""
+    """The components of a Lens folder on one device; the text encoder is read when a prompt needs it.
+
+    ``attention`` and ``graphs`` are the denoiser's.
+    """
 
     text: TextEncoder
     denoiser: LensDenoiser
@@ -45,6 +50,8 @@ class LensPipeline:
     device: torch.device
     dtype: torch.dtype
     options: EncoderOptions = ENCODER_OPTIONS
+    attention: Attention | None = None
+    graphs: BlockGraphs | None = None
 
     @classmethod
     def from_folder(
@@ -144,10 +151,11 @@ class LensPipeline:
         """Guided velocity [B, N, C] by embedded prompts [1, S, H]; at cfg 1 the negative is not evaluated."""
         batch = x.shape[0]
         level = sigma.expand(batch)
-        cond = self.denoiser(x, level, positive.expand(batch, -1, -1), grid, run=run, entry="positive")
+        denoiser = partial(self.denoiser, attention=self.attention, run=run, graphs=self.graphs)
+        cond = denoiser(x, level, positive.expand(batch, -1, -1), grid, entry="positive")
         if cfg == 1:
             return cond
-        uncond = self.denoiser(x, level, negative.expand(batch, -1, -1), grid, run=run, entry="negative")
+        uncond = denoiser(x, level, negative.expand(batch, -1, -1), grid, entry="negative")
         return norm_rescaled_guidance(cond, uncond, cfg)
 
     def noise(self, seed: int, batch: int, size: tuple[int, int]) -> Tensor:

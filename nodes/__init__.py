@@ -2,6 +2,7 @@
 
 from comfy_api.latest import ComfyExtension, io
 
+from .accelerate import LensAccelerate
 from .decode import LensVAEDecode
 from .encode import LensClearFeatureCache, LensTextEncode
 from .host.paths import register_folders
@@ -22,6 +23,7 @@ class LensExtension(ComfyExtension):
         """Every node of the pack."""
         return [
             LensModelLoader,
+            LensAccelerate,
             LensEncoderLoader,
             LensVAELoader,
             LensTextEncode,

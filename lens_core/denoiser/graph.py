@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -77,6 +77,13 @@ class BlockGraphs:
         self._recorded.clear()
         self._pool = None
 
+    def report(self, before: Mapping[str, int]) -> str:
+        """What became of the forwards since ``before``, a copy of ``runs``, in words."""
+        played, recorded, launched = (
+            self.runs[key] - before[key] for key in ("played", "recorded", "launched")
+        )
+        return f"{played} of {played + launched} forwards played, {recorded} recorded"
+
     def run_blocks(
         self, blocks: Sequence[LensBlock], streams: Sequence[Tensor], tables: Sequence[Tables], shared: Shared
     ) -> list[Tensor]:
@@ -138,7 +145,8 @@ def why_not(weights: Sequence[Tensor], x: Tensor, shared: Shared) -> str | None:
 def _name(weights: Sequence[Tensor], streams: Sequence[Tensor], shared: Shared) -> Hashable:
     """All that a graph is recorded for but its inputs' values."""
     shapes = tuple((x.shape, x.dtype) for x in streams)
-    return shapes, shared.kernels.name, len(shared.bounded), tuple(weight.data_ptr() for weight in weights)
+    kernels = shared.kernels.name, frozenset(shared.bounded)
+    return shapes, kernels, tuple(weight.data_ptr() for weight in weights)
 
 
 @cache

@@ -67,7 +67,11 @@ def modulation_bytes(denoiser: LensDenoiser) -> int:
 
 
 class ModulationBank:
-    """Modulation by noise level: the known levels of a run together, any other on demand and kept."""
+    """Modulation by noise level: the known levels of a run together, any other on demand and kept.
+
+    Where gradients are gathered nothing is kept: weights change between steps, and backward passes share no
+    graph.
+    """
 
     def __init__(self, levels: Iterable[float] = ()) -> None:
         """``levels`` are the noise levels that will be asked for, in that order."""
@@ -76,6 +80,8 @@ class ModulationBank:
 
     def at(self, denoiser: LensDenoiser, sigma: Tensor, dtype: torch.dtype) -> Modulation:
         """Modulation for noise levels sigma [B]; weights are touched only for a level not seen before."""
+        if torch.is_grad_enabled():
+            return modulation(denoiser, sigma, dtype)
         levels = sigma.tolist()
         if any(level not in self._known for level in levels):
             self._evaluate(denoiser, list(dict.fromkeys(levels)), sigma, dtype)

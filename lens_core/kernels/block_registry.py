@@ -58,8 +58,11 @@ def why_not_triton_block(device: torch.device, dtype: torch.dtype, head_dim: int
 
 
 def attends(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether attention by Triton is right in ``dtype`` (fp16 would overflow) and known to be faster."""
-    if dtype != torch.bfloat16:
+    """Whether attention by Triton is right in ``dtype`` (fp16 would overflow) and known to be faster.
+
+    AMD's GPUs number their generations otherwise, and their compiler has not all of the kernel's options.
+    """
+    if dtype != torch.bfloat16 or torch.version.hip is not None:
         return False
     return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] == 9
 

@@ -1,4 +1,4 @@
-"""The attention that ComfyUI was started with, or that a node put in its place."""
+"""The attention that ComfyUI was started with, or that a node or the user put in its place."""
 
 from __future__ import annotations
 
@@ -7,18 +7,25 @@ from typing import Any
 from comfy.ldm.modules import attention as host
 from torch import Tensor
 
-from ...lens_core.ops import Attention
+from ...lens_core.ops import Attention, flash3_or_sdpa
 
 # Values reach 1.4e5. Kernels that cast them to fp16 (SageAttention) overflow at 65,504; a power of two moves
 # them into its range and back without any rounding.
 _INTO_FP16 = 2.0**-8
+# Where transformer_options keep the user's choice, one of ATTENTIONS; none is "auto".
+ATTENTION = "lens_attention"
+ATTENTIONS = ("auto", "host", "flash_attn3")
 
 
 def host_attention(options: dict[str, Any]) -> Attention | None:
-    """None, our fastest, where ComfyUI would use PyTorch's; else the one chosen by a start flag or by an
-    ``optimized_attention_override`` in ``options``."""
-    if "optimized_attention_override" not in options and host.optimized_attention is host.attention_pytorch:
-        return None
+    """An ``optimized_attention_override`` in ``options``, else the user's choice there, else that of a start
+    flag; None, our fastest, where ComfyUI would use PyTorch's."""
+    if "optimized_attention_override" not in options:
+        choice = options.get(ATTENTION, "auto")
+        if choice == "flash_attn3":
+            return flash3_or_sdpa
+        if choice == "auto" and host.optimized_attention is host.attention_pytorch:
+            return None
 
     def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         out = host.optimized_attention(

@@ -9,9 +9,11 @@ and LensScheduler compute it for the actual size).
 from __future__ import annotations
 
 import logging
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import comfy.cli_args
 import comfy.conds
 import comfy.latent_formats
 import comfy.model_base
@@ -142,8 +144,11 @@ def load_model(path: Path, dtype: torch.dtype | None, disable_dynamic: bool = Fa
     device, offload_device = management.get_torch_device(), management.unet_offload_device()
     supported = LensModelConfig.supported_inference_dtypes
     held = dtype or _dtype_for(checkpoint, device, supported)
+    cast = management.unet_manual_cast(held, device, supported)
+    if dtype != torch.float32 and (cast or held) == torch.float32 and _lacks_bfloat16(device):
+        _say_slow()
     model_config = LensModelConfig(config, variant)
-    model_config.set_inference_dtype(held, management.unet_manual_cast(held, device, supported))
+    model_config.set_inference_dtype(held, cast)
     model = LensModel(model_config, device="meta")
     model.device = offload_device
     load_into(
@@ -171,6 +176,21 @@ def _dtype_for(checkpoint: Checkpoint, device: torch.device, supported: list[tor
         return chosen
     log.warning("ComfyUI was started with a flag for %s; Lens is loaded in bfloat16 instead.", chosen)
     return torch.bfloat16
+
+
+def _lacks_bfloat16(device: torch.device) -> bool:
+    """Whether it is the GPU that has no bfloat16, and not the user who wants none."""
+    management = comfy.model_management
+    unwanted = management.FORCE_FP32 or comfy.cli_args.args.fp32_unet
+    return not (unwanted or management.is_device_cpu(device) or management.should_use_bf16(device))
+
+
+@cache
+def _say_slow() -> None:
+    log.warning(
+        "This GPU has no bfloat16, so Lens computes in float32, which is slower. float16 is "
+        "no way out: Lens' values overflow it."
+    )
 
 
 def with_guidance(model):

@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import comfy.model_management
 import torch
 from torch import Tensor
 
 from ...lens_core.denoiser import DenoiserRun
 from ...lens_core.denoiser.modulation import modulation_bytes
 from .denoiser import RUN, HostDenoiser
+from .graphs import graphs_of_run, why_not_now
 from .step_cache import cache_of
 
 log = logging.getLogger(__name__)
@@ -23,17 +25,20 @@ def sample_with_run(executor: Any, guider: Any, sigmas: Tensor, extra_args: dict
     denoiser = guider.inner_model.diffusion_model
     run = DenoiserRun(levels)
     if isinstance(denoiser, HostDenoiser) and levels:
-        run = _prepared(guider, denoiser, levels)
+        run = _prepared(guider, denoiser, levels, extra_args["model_options"])
         _make_room(guider, guider.model_patcher, denoiser, rest)
     options[RUN] = run
     run.cache = cache = cache_of(options, sigmas)
-    result = executor(guider, sigmas, extra_args, *rest)
+    with graphs_of_run(guider.model_patcher, extra_args["model_options"]):
+        result = executor(guider, sigmas, extra_args, *rest)
     if cache is not None:
         log.info("Lens: %s.", cache.summary(len(denoiser.blocks)))
     return result
 
 
-def _prepared(guider: Any, denoiser: HostDenoiser, levels: list[float]) -> DenoiserRun:
+def _prepared(
+    guider: Any, denoiser: HostDenoiser, levels: list[float], model_options: dict[str, Any]
+) -> DenoiserRun:
     """A run with its modulation: of the run before if that had the same levels and weights.
 
     It is kept only where the weights would have to come to the GPU for it again, which takes as long as some
@@ -42,12 +47,14 @@ def _prepared(guider: Any, denoiser: HostDenoiser, levels: list[float]) -> Denoi
     patcher, model = guider.model_patcher, guider.inner_model
     dtype = model.get_dtype_inference()
     name = (patcher.patches_uuid, dtype, tuple(levels))
+    if why_not_now(patcher, model_options) is not None:  # its name does not tell all of its weights
+        name = None
     known, kept = model.kept_modulation
-    run = DenoiserRun(levels, kept if known == name else None)
+    run = DenoiserRun(levels, kept if name is not None and known == name else None)
     run.modulation(denoiser, torch.tensor(levels[:1], device=patcher.load_device), dtype)
     if _on_gpu(patcher, denoiser) == modulation_bytes(denoiser):
         model.kept_modulation = (None, None)
-    elif known != name:
+    elif name is not None and known != name:
         model.kept_modulation = (name, run.in_ram())
     return run
 
@@ -64,9 +71,11 @@ def _make_room(guider: Any, patcher: Any, denoiser: HostDenoiser, rest: tuple) -
     device = patcher.load_device
     missing = guider.inner_model.memory_required(list(noise.shape)) - patcher.get_free_memory(device)
     size = modulation_bytes(denoiser)
-    released = min(_on_gpu(patcher, denoiser), missing)
-    if released > 0:
-        patcher.partially_unload(patcher.offload_device, released)
+    # ComfyUI frees a byte more than it is asked for, and what it would need to stream that in the steps.
+    more = 1 + comfy.model_management.NUM_STREAMS * size / (2 * len(denoiser.blocks))
+    asked, released = min(_on_gpu(patcher, denoiser) - more, missing), 0
+    if asked > 0 and device != patcher.offload_device:
+        released = patcher.partially_unload(patcher.offload_device, asked)
     log.info(
         "Lens: the steps do without %.2f GB of modulation weights; %s. %.2f of %.2f GB are on %s.",
         size / 1e9,

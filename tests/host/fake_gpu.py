@@ -87,6 +87,18 @@ class FakeGpu:
         return self
 
 
+def use_dynamic_patchers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ComfyUI's dynamic patcher, as on CUDA, with an empty address space."""
+    import comfy.model_patcher
+    import comfy_aimdo.host_buffer
+    import comfy_aimdo.model_vbar
+
+    monkeypatch.setattr(comfy_aimdo.host_buffer, "HostBuffer", NoHostBuffer)
+    monkeypatch.setattr(comfy_aimdo.model_vbar, "ModelVBAR", AddressSpace)
+    patchers = comfy.model_patcher
+    monkeypatch.setattr(patchers, "CoreModelPatcher", patchers.ModelPatcherDynamic)
+
+
 class NoHostBuffer:
     """In place of comfy-aimdo's page-locked memory: none."""
 

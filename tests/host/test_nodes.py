@@ -23,6 +23,11 @@ NODES = {
         ["model_name", "dtype"],
         [("MODEL", "MODEL"), ("steps", "INT"), ("cfg", "FLOAT")],
     ),
+    "LensAccelerate": (
+        "Lens Accelerate",
+        ["model", "cuda_graphs", "attention"],
+        [("MODEL", "MODEL")],
+    ),
     "LensEncoderLoader": (
         "Lens Encoder Loader",
         ["encoder_name", "placement", "experts", "feature_cache"],
@@ -65,6 +70,8 @@ NODES = {
 # Values that a workflow stores, by node and input: (type, default).
 SETTINGS = {
     ("LensModelLoader", "dtype"): (["auto", "bfloat16", "float32"], "auto"),
+    ("LensAccelerate", "cuda_graphs"): ("BOOLEAN", True),
+    ("LensAccelerate", "attention"): (["auto", "host", "flash_attn3"], "auto"),
     ("LensEmptyLatent", "base_resolution"): (["512", "768", "1024", "1440"], "1024"),
     ("LensEmptyLatent", "aspect_ratio"): (list(ASPECT_RATIOS), "1:1"),
     ("LensEmptyLatent", "batch_size"): ("INT", 1),

@@ -10,7 +10,7 @@ import torch
 from lens_core.config import DenoiserConfig
 from lens_core.denoiser import LensDenoiser
 from lens_core.denoiser.modulation import is_modulation
-from tests.host.fake_gpu import CPU, GPU, AddressSpace, FakeGpu, NoHostBuffer, own_bytes
+from tests.host.fake_gpu import CPU, GPU, FakeGpu, own_bytes, use_dynamic_patchers
 from tests.host.helpers import random_context, random_latent, write_lora
 
 LINEARS = 6  # img_mod and txt_mod of the tiny model's three blocks
@@ -40,14 +40,7 @@ def load(host):
 @pytest.fixture
 def dynamic(host, monkeypatch):
     """ComfyUI's dynamic patcher, as on CUDA."""
-    import comfy.model_patcher
-    import comfy_aimdo.host_buffer
-    import comfy_aimdo.model_vbar
-
-    monkeypatch.setattr(comfy_aimdo.host_buffer, "HostBuffer", NoHostBuffer)
-    monkeypatch.setattr(comfy_aimdo.model_vbar, "ModelVBAR", AddressSpace)
-    patchers = comfy.model_patcher
-    monkeypatch.setattr(patchers, "CoreModelPatcher", patchers.ModelPatcherDynamic)
+    use_dynamic_patchers(monkeypatch)
 
 
 @pytest.fixture

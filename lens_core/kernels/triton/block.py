@@ -155,12 +155,13 @@ def _gated(gate, up, at, ok):
 @triton.jit(do_not_specialize=["img_rows", "txt_rows"])
 def swiglu(img, img_up, txt, txt_up, img_rows, txt_rows, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     """silu(gate) * up in place of each stream's gate, over its rows of WIDTH numbers."""
-    program = tl.program_id(0)
-    image_programs = tl.cdiv(img_rows * WIDTH, BLOCK)
+    program = tl.program_id(0).to(tl.int64)
+    image = img_rows.to(tl.int64) * WIDTH
+    image_programs = tl.cdiv(image, BLOCK)
     lane = tl.arange(0, BLOCK)
     if program < image_programs:
-        at = program.to(tl.int64) * BLOCK + lane
-        _gated(img, img_up, at, at < img_rows * WIDTH)
+        at = program * BLOCK + lane
+        _gated(img, img_up, at, at < image)
     else:
-        at = (program - image_programs).to(tl.int64) * BLOCK + lane
-        _gated(txt, txt_up, at, at < txt_rows * WIDTH)
+        at = (program - image_programs) * BLOCK + lane
+        _gated(txt, txt_up, at, at < txt_rows.to(tl.int64) * WIDTH)

@@ -141,7 +141,7 @@ def _turn(
         txt,
         out[0],
         out[-1],
-        rotary,
+        rotary.contiguous(),
         *norms[0],
         *norms[-1],
         q_factor,
