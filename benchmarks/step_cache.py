@@ -2,14 +2,13 @@
 
     python benchmarks/step_cache.py [--out FOLDER]
 
-Needs a CUDA GPU with 30 GB; about a minute on an H100. 1024 x 1024, cfg 5 with an empty negative, Euler
-steps over Lens' schedule, denoiser alone (no encoder, no VAE); start, end and max_consecutive at their
-defaults.
+Needs a CUDA GPU with 30 GB. 1024 x 1024, cfg 5 with an empty negative, Euler steps over Lens' schedule,
+denoiser alone (no encoder, no VAE); start, end and max_consecutive at their defaults.
 
 What it shows is how time follows the share of forwards skipped, and that the distance grows with the
 threshold. Which threshold keeps a picture it cannot show: that is trained weights' to say. One thing is made
 like them, or nothing would be skipped at all: random weights mix the fast sinusoids of the time embedding,
-so that two neighbouring steps have nothing in common; here it takes only those that turn once over a run.
+so that two neighbouring steps have nothing in common; here it takes those alone that turn once at most.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ class DenoiserRun:
         self._levels = list(levels)
         self._ram: dict[torch.dtype, ModulationBank] = {} if before is None else before._ram
         self._banks: dict[tuple[torch.device, torch.dtype], ModulationBank] = {}
-        self._bounded: frozenset[JointAttention] | None = None
+        self._bounded: dict[LensDenoiser, frozenset[JointAttention]] = {}
         self._rotary: dict[tuple[tuple[int, int], int, torch.device], Tensor] = {}
 
     def modulation(self, denoiser: LensDenoiser, sigma: Tensor, dtype: torch.dtype) -> Modulation:
@@ -71,21 +71,21 @@ class DenoiserRun:
 
     def bounded(self, denoiser: LensDenoiser, like: Tensor) -> frozenset[JointAttention]:
         """The attention layers whose norms keep scores small enough for the kernels' own attention."""
-        if self._bounded is None:
+        if denoiser not in self._bounded:
             layers = [block.attn for block in denoiser.blocks]
             weights = [denoiser.weight_of(norm, like) for layer in layers for norm in layer.norms()]
             largest = torch.stack(torch._foreach_norm(weights, float("inf"))).unflatten(0, (-1, 4)).tolist()
             dim = denoiser.config.attention_head_dim
-            self._bounded = frozenset(
+            bounded = self._bounded[denoiser] = frozenset(
                 layer
                 for layer, (q, k, added_q, added_k) in zip(layers, largest, strict=True)
                 if score_bound(max(q, added_q), max(k, added_k), dim) <= SCORE_LIMIT
             )
-            if len(self._bounded) < len(layers):
+            if len(bounded) < len(layers):
                 log.info(
                     "Attention of %d of %d blocks runs in PyTorch: their scores may exceed %.0f.",
-                    len(layers) - len(self._bounded),
+                    len(layers) - len(bounded),
                     len(layers),
                     SCORE_LIMIT,
                 )
-        return self._bounded
+        return self._bounded[denoiser]
