@@ -202,6 +202,13 @@ def test_bounds_are_of_the_weights_that_are_used(denoiser: LensDenoiser, monkeyp
     }
 
 
+def test_models_that_share_a_run_have_bounds_of_their_own(denoiser: LensDenoiser, tiny_folder: Path):
+    """As copies of one model on several GPUs do."""
+    other, run, like = load_denoiser(tiny_folder, torch.float32), DenoiserRun(), torch.zeros(1)
+    for model in (denoiser, other, denoiser):
+        assert run.bounded(model, like) == {block.attn for block in model.blocks}
+
+
 def test_modulation_comes_back_from_ram(denoiser: LensDenoiser, monkeypatch: pytest.MonkeyPatch):
     """Planned levels and such as came on demand; what is new is still evaluated."""
     levels, dtype = [0.875, 0.625, 0.25], torch.float32
