@@ -14,12 +14,12 @@ class LensAccelerate(io.ComfyNode):
         return io.Schema(
             node_id="LensAccelerate",
             display_name="Lens Accelerate",
-            category="Lens/loaders",
+            category="Lens/sampling",
             description=(
                 "Optional speed for NVIDIA GPUs that hold the whole model. Elsewhere the workflow runs as "
                 "without this node."
             ),
-            search_aliases=["microsoft lens", "cuda graphs", "flash attention", "torch compile", "faster"],
+            search_aliases=["microsoft lens", "cuda graphs", "flash attention", "speed", "faster"],
             inputs=[
                 io.Model.Input("model", tooltip="From LensModelLoader, best directly; LoRA after this node."),
                 io.Boolean.Input(
