@@ -19,7 +19,7 @@ from tests.host.helpers import random_context
 STEPS = 4
 LINEARS = 2 * models.DENOISER.num_layers
 EMPTY = {"samples": torch.zeros(1, 128, 6, 4)}
-# The rows of a matrix product over several noise levels, against one of each, over four steps. Measured: 9e-7.
+# The rows of a matrix product over several noise levels against one of each, over four steps. Measured: 9e-7.
 SAME = 1e-5
 
 
