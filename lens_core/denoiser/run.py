@@ -38,23 +38,25 @@ class DenoiserRun:
         the same levels and weights; without a ``cache`` every step is computed in full."""
         self.cache = cache
         self._levels = list(levels)
-        self._ram: dict[torch.dtype, ModulationBank] = {} if before is None else before._ram
-        self._banks: dict[tuple[torch.device, torch.dtype], ModulationBank] = {}
+        # By denoiser: a guider may ask several in one run, and each GPU has its own.
+        self._ram: dict[tuple[LensDenoiser, torch.dtype], ModulationBank]
+        self._ram = {} if before is None else before._ram
+        self._banks: dict[tuple[LensDenoiser, torch.device, torch.dtype], ModulationBank] = {}
         self._bounded: dict[LensDenoiser, frozenset[JointAttention]] = {}
         self._rotary: dict[tuple[tuple[int, int], int, torch.device], Tensor] = {}
 
     def modulation(self, denoiser: LensDenoiser, sigma: Tensor, dtype: torch.dtype) -> Modulation:
         """Modulation for noise levels sigma [B]."""
-        name = (sigma.device, dtype)
+        name = (denoiser, sigma.device, dtype)
         if name not in self._banks:
-            kept = self._ram.get(dtype)
+            kept = self._ram.get((denoiser, dtype))
             self._banks[name] = ModulationBank(self._levels) if kept is None else kept.to(sigma.device)
         return self._banks[name].at(denoiser, sigma, dtype)
 
     def in_ram(self) -> DenoiserRun:
         """Its modulation alone, off the GPU: a later run with the same levels need not compute it again."""
         run = DenoiserRun(self._levels, self)
-        run._ram = {dtype: bank.to("cpu") for (_, dtype), bank in self._banks.items()}
+        run._ram = {(model, dtype): bank.to("cpu") for (model, _, dtype), bank in self._banks.items()}
         return run
 
     def rotary(
