@@ -14,6 +14,11 @@ from torch import Tensor
 collect_ignore_glob = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["test_*.py"]
 
 
+def poison_of(dtype: torch.dtype) -> float:
+    """NaN, the smallest integer, or 171 of bytes: what no kernel is expected to write."""
+    return float("nan") if dtype.is_floating_point else torch.iinfo(dtype).min if dtype.is_signed else 171
+
+
 @pytest.fixture(autouse=True)
 def _poisoned_memory(monkeypatch: pytest.MonkeyPatch):
     """New memory is NaN, or a number that is no index: what a kernel forgets to write shows."""
@@ -21,7 +26,7 @@ def _poisoned_memory(monkeypatch: pytest.MonkeyPatch):
     def poisoned(make):
         def filled(*args, **kwargs):
             tensor = make(*args, **kwargs)
-            return tensor.fill_(float("nan") if tensor.is_floating_point() else -12345)
+            return tensor.fill_(poison_of(tensor.dtype))
 
         return filled
 
