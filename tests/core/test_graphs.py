@@ -285,6 +285,7 @@ def test_what_a_recording_is_named_by(denoiser: LensDenoiser):
         ([image, text[:, :3]], shared),
         ([text, image], shared),
         ([image.expand(2, -1, -1), text.expand(2, -1, -1)], shared),
+        ([torch.cat([x, x], dim=1) for x in (image, text)], shared),  # as many numbers as two pictures
         ([image.half(), text.half()], shared),
         ([image, text], replace(shared, kernels=SimpleNamespace(name="torch"))),
         ([image, text], replace(shared, bounded=frozenset())),
