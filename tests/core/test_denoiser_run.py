@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections import Counter
 from dataclasses import replace
@@ -291,3 +292,16 @@ def test_plain_kernels_have_no_attention_of_their_own(denoiser: LensDenoiser, mo
     monkeypatch.setattr(DenoiserRun, "bounded", None)
     x, text = inputs((5, 3), 4)
     assert denoiser(x, torch.tensor([0.6]), text, (5, 3)).isfinite().all()
+
+
+def test_two_models_in_one_run_are_kept_apart(denoiser: LensDenoiser):
+    """As a guider of two MODELs asks them: by turns, at the same levels."""
+    other = copy.deepcopy(denoiser)
+    for block in other.blocks:
+        block.img_mod[1].weight.data.mul_(2)
+    run = DenoiserRun([0.7, 0.3])
+    arguments = (torch.randn(1, 15, 128), torch.tensor([0.7]), torch.randn(1, 9, 4, 64), (5, 3))
+    with torch.no_grad():
+        for model in (denoiser, other, denoiser):
+            assert torch.equal(model(*arguments, run=run), model(*arguments, run=DenoiserRun([0.7, 0.3])))
+        assert not torch.equal(denoiser(*arguments, run=run), other(*arguments, run=run))

@@ -49,8 +49,12 @@ def hook(node, tiny, own_models):
 @pytest.fixture
 def both(host, tiny, stock_model):
     """Our MODEL and ComfyUI's own, with one schedule: shares of a run mean the same noise levels."""
+    from comfy.model_management import unload_all_models
+
     shift = {"max_shift": 1.0, "base_shift": 1.0, "width": 1024, "height": 1024}
-    return [host.run("ModelSamplingFlux", model=model, **shift)[0] for model in (tiny.model, stock_model)]
+    yield [host.run("ModelSamplingFlux", model=model, **shift)[0] for model in (tiny.model, stock_model)]
+    # ComfyUI takes a schedule back when another clone is loaded; EasyCache's tests ask for it before that.
+    unload_all_models()
 
 
 def check_same(both, draw, **conditioning):
