@@ -297,8 +297,8 @@ def test_plain_kernels_have_no_attention_of_their_own(denoiser: LensDenoiser, mo
 def test_two_models_in_one_run_are_kept_apart(denoiser: LensDenoiser):
     """As a guider of two MODELs asks them: by turns, at the same levels."""
     other = copy.deepcopy(denoiser)
-    for block in other.blocks:
-        block.img_mod[1].weight.data.mul_(2)
+    for layer in other.blocks:
+        layer.img_mod[1].weight.data.mul_(2)
     run = DenoiserRun([0.7, 0.3])
     arguments = (torch.randn(1, 15, 128), torch.tensor([0.7]), torch.randn(1, 9, 4, 64), (5, 3))
     with torch.no_grad():
