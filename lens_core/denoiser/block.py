@@ -16,11 +16,17 @@ from torch import Tensor, nn
 
 from ..config import DenoiserConfig
 from ..kernels import BlockKernels
-from ..kernels.block import PARTS, HeadNorms, Rows
+from ..kernels.block import (
+    ATTENTION_GATE,
+    ATTENTION_SHIFT,
+    MLP_GATE,
+    MLP_SHIFT,
+    PARTS,
+    HeadNorms,
+    Rows,
+)
 from ..ops import Attention, Operations, fastest_attention
 
-# Parts of a modulation table: see ``kernels.block.PARTS``.
-_ATTENTION_SHIFT, _ATTENTION_GATE, _MLP_SHIFT, _MLP_GATE = 0, 2, 3, 5
 # One block's tables [B, 6 H]: the image's and the text's.
 Tables = tuple[Tensor, Tensor]
 
@@ -77,9 +83,10 @@ class JointAttention(nn.Module):
         qkv = _each((self.img_qkv, self.txt_qkv), streams)
         pairs = ((self.norm_q, self.norm_k), (self.norm_added_q, self.norm_added_k))[: len(qkv)]
         norms = [HeadNorms(shared.weight_of(q, qkv[0]), shared.weight_of(k, qkv[0]), q.eps) for q, k in pairs]
+        outs = (self.to_out[0], self.to_add_out)
         attend = shared.kernels.attend
         if attend is not None and shared.attention is None and shared.mask is None and self in shared.bounded:
-            return _each((self.to_out[0], self.to_add_out), attend(qkv, norms, shared.rotary, image_only))
+            return _each(outs, attend(qkv, norms, shared.rotary, image_only))
         q, k, v = shared.kernels.joint_heads(qkv, norms, shared.rotary)
         del qkv
         image = streams[0].shape[1]
@@ -88,7 +95,7 @@ class JointAttention(nn.Module):
         attention = shared.attention or fastest_attention(q.device)
         out = attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), shared.mask)
         parts = (out[:, :image], out[:, image:])[: 1 if image_only else len(streams)]
-        return _each((self.to_out[0], self.to_add_out), parts)
+        return _each(outs, parts)
 
 
 class LensBlock(nn.Module):
@@ -127,7 +134,7 @@ class LensBlock(nn.Module):
         updates = self.attn(normed, shared, self.last)
         norms = (self.img_norm2, self.txt_norm2)
         rows = _rows(norms, zip(streams, updates, tables, strict=False), tables, shared)
-        streams, normed = kernels.add_modulate(rows, _ATTENTION_GATE, _MLP_SHIFT)
+        streams, normed = kernels.add_modulate(rows, ATTENTION_GATE, MLP_SHIFT)
         mlps = (self.img_mlp, self.txt_mlp)
         gates = _each([mlp.w1 for mlp in mlps], normed)
         gates = kernels.swiglu(gates, _each([mlp.w3 for mlp in mlps], normed))
@@ -144,7 +151,7 @@ class LensBlock(nn.Module):
         """Add the block before's updates, if any, by its tables; -> streams, and their first norms."""
         norms = (self.img_norm1, self.txt_norm1)
         pending = zip(streams, updates or (None, None), before, strict=False)
-        return shared.kernels.add_modulate(_rows(norms, pending, after, shared), _MLP_GATE, _ATTENTION_SHIFT)
+        return shared.kernels.add_modulate(_rows(norms, pending, after, shared), MLP_GATE, ATTENTION_SHIFT)
 
 
 def _rows(
@@ -172,7 +179,12 @@ def run_blocks(
         before = after
     assert updates is not None
     rows = [Rows(*row) for row in zip(streams, updates, before, strict=False)]
-    return shared.kernels.add_modulate(rows, _MLP_GATE, _ATTENTION_SHIFT)[0]
+    return shared.kernels.add_modulate(rows, MLP_GATE, ATTENTION_SHIFT)[0]
+
+
+def streams_of(img: Tensor, txt: Tensor) -> tuple[Tensor, ...]:
+    """What runs through the blocks: img [B, N, H], and txt [B, S, H] unless it is empty."""
+    return (img, txt) if txt.shape[1] else (img,)
 
 
 def _each(layers: Sequence[nn.Module], streams: Sequence[Tensor]) -> list[Tensor]:

@@ -90,23 +90,22 @@ class BlockGraphs:
         """See ``block.run_blocks``. Bit for bit its result: the same kernels in the same order."""
         weights = self._weights(blocks)
         reason = why_not(weights, streams, shared)
+        name = None if reason is not None else _name(weights, streams, shared)
+        if name in self._recorded:
+            recording = self._recorded[name]
+            if recording is None:
+                self._pool = self._pool or torch.cuda.graph_pool_handle()
+                recording = _Recording(blocks, streams, tables, shared, self._pool)
+                self.runs["recorded"] += 1
+            self._keep(name, recording)
+            self.runs["played"] += 1
+            return recording.play(streams, tables, shared)
         if reason is not None:
             _say_once(reason)
-            self.runs["launched"] += 1
-            return run_blocks(blocks, streams, tables, shared)
-        name = _name(weights, streams, shared)
-        if name not in self._recorded:  # nothing is recorded for what comes only once
+        else:  # nothing is recorded for what comes only once
             self._keep(name, None)
-            self.runs["launched"] += 1
-            return run_blocks(blocks, streams, tables, shared)
-        recording = self._recorded[name]
-        if recording is None:
-            self._pool = self._pool or torch.cuda.graph_pool_handle()
-            recording = _Recording(blocks, streams, tables, shared, self._pool)
-            self.runs["recorded"] += 1
-        self._keep(name, recording)
-        self.runs["played"] += 1
-        return recording.play(streams, tables, shared)
+        self.runs["launched"] += 1
+        return run_blocks(blocks, streams, tables, shared)
 
     def _weights(self, blocks: Sequence[LensBlock]) -> list[Tensor]:
         """What a step reads: all but the modulation's. The layers are kept, their weights may be replaced."""

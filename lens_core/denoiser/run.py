@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..kernels.block import SCORE_LIMIT, score_bound
-from .block import JointAttention
+from .block import JointAttention, run_blocks
 from .modulation import Modulation, ModulationBank
 from .rope import joint_positions, rotary_table
-from .step_cache import StepCache
+from .step_cache import RunBlocks, StepCache
 
 if TYPE_CHECKING:
+    from .graph import BlockGraphs
     from .transformer import LensDenoiser
 
 
@@ -70,6 +71,12 @@ class DenoiserRun:
             table = rotary_table(positions, config.axes_dims_rope, config.rope_theta)
             self._rotary[name] = table.to(device)
         return self._rotary[name]
+
+    def through(self, graphs: BlockGraphs | None, entry: Hashable, sigma: Tensor) -> RunBlocks:
+        """How a forward of ``entry`` at noise level sigma [B] runs its blocks: by ``graphs`` and with the
+        step cache, where there are any."""
+        launch: RunBlocks = run_blocks if graphs is None else graphs.run_blocks
+        return launch if self.cache is None else self.cache.through(entry, sigma, launch)
 
     def bounded(self, denoiser: LensDenoiser, like: Tensor) -> frozenset[JointAttention]:
         """The attention layers whose norms keep scores small enough for the kernels' own attention."""

@@ -20,10 +20,10 @@ from ..config import DenoiserConfig
 from ..kernels import EAGER_BLOCK, choose_block
 from ..kernels.block import modulate
 from ..ops import Attention, Operations, padding_mask
-from .block import LensBlock, Shared, run_blocks
+from .block import LensBlock, Shared, streams_of
 from .graph import BlockGraphs
+from .modulation import Modulation
 from .run import DenoiserRun
-from .step_cache import RunBlocks
 
 
 def round_sigma(sigma: Tensor, dtype: torch.dtype) -> Tensor:
@@ -133,14 +133,10 @@ class LensDenoiser(nn.Module):
         img = self.img_in(latents)
         txt = text if text.ndim == 3 else self.embed_text(text)
         modulation = run.modulation(self, sigma, img.dtype)
-        mask = None if text_real is None else padding_mask(text_real, img.shape[1], img.dtype)
-        shared = self.shared(img, txt, grid, mask, attention, run)
-        streams = (img, txt) if txt.shape[1] else (img,)
-        through: RunBlocks = run_blocks if graphs is None else graphs.run_blocks
-        if run.cache is not None:
-            through = run.cache.through(entry, sigma, through)
-        img = through(self.blocks, streams, modulation.tables(), shared)[0]
-        return self.proj_out(self.norm_out(img, modulation.out))
+        shared = self.shared(img, txt, grid, text_real, attention, run)
+        through = run.through(graphs, entry, sigma)
+        img = through(self.blocks, streams_of(img, txt), modulation.tables(), shared)[0]
+        return self.project_out(img, modulation)
 
     @property
     def blocks(self) -> Sequence[LensBlock]:
@@ -152,11 +148,12 @@ class LensDenoiser(nn.Module):
         img: Tensor,
         txt: Tensor,
         grid: tuple[int, int],
-        mask: Tensor | None,
+        text_real: Tensor | None,
         attention: Attention | None,
         run: DenoiserRun,
     ) -> Shared:
         """What all blocks share in a forward with streams img [B, N, H] and txt [B, S, H]."""
+        mask = None if text_real is None else padding_mask(text_real, img.shape[1], img.dtype)
         trained = (img, txt, *self.parameters()) if torch.is_grad_enabled() else ()
         if any(x.requires_grad for x in trained):  # a training node: only the definitions have gradients
             kernels = EAGER_BLOCK
@@ -165,6 +162,10 @@ class LensDenoiser(nn.Module):
         rotary = run.rotary(self, grid, txt.shape[1], img.device)
         bounded = () if kernels.attend is None else run.bounded(self, img)
         return Shared(kernels, attention, rotary, mask, self.weight_of, bounded)
+
+    def project_out(self, img: Tensor, modulation: Modulation) -> Tensor:
+        """Image stream [B, N, H] -> velocity [B, N, C]."""
+        return self.proj_out(self.norm_out(img, modulation.out))
 
     def weight_of(self, norm: Any, x: Tensor) -> Tensor:
         """A norm's weight for use beside x; a caller whose operations offload or patch it says otherwise."""

@@ -15,6 +15,7 @@ from torch import Tensor
 
 # The parts of a modulation table [B, 6 H]: shift, scale and gate of attention, then of the MLP.
 PARTS = 6
+ATTENTION_SHIFT, ATTENTION_GATE, MLP_SHIFT, MLP_GATE = 0, 2, 3, 5
 
 # ``attend`` by Triton subtracts from a row's scores so much that two is raised to EXP2_HEADROOM at most:
 # far from fp32's overflow at 128 with values of 1.4e5 and 10,000 keys. With scores up to SCORE_LIMIT (81 as

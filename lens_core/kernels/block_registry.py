@@ -90,7 +90,7 @@ def difference(device: torch.device, dtype: torch.dtype, head_dim: int) -> float
 
     heads = 24  # the published model's, so that what is compiled here serves there too
     hidden = heads * head_dim
-    tables = [normal(2, 6 * hidden) for _ in range(4)]
+    tables = [normal(2, block.PARTS * hidden) for _ in range(4)]
     rows = [  # image and text
         Rows(normal(2, tokens, hidden), normal(2, tokens, hidden), before, normal(hidden), 1e-6, after)
         for tokens, before, after in ((37, tables[0], tables[1]), (5, tables[2], tables[3]))
@@ -101,15 +101,16 @@ def difference(device: torch.device, dtype: torch.dtype, head_dim: int) -> float
     qkv = [normal(2, tokens, 3 * hidden) for tokens in (37, 5)]
     entering = [row._replace(update=None) for row in rows[:1]]
     leaving = [row._replace(weight=None) for row in rows]
+    joint = (block.MLP_GATE, block.ATTENTION_SHIFT)  # where one block ends and the next begins
 
     def run(kernels: BlockKernels) -> tuple[Tensor, ...]:
-        totals, normed = kernels.add_modulate(rows, 5, 0)
+        totals, normed = kernels.add_modulate(rows, *joint)
         both = kernels.joint_heads([x.clone() for x in qkv], norms, rotary)
         image = kernels.joint_heads([qkv[0].clone()], norms[:1], rotary[:, :37].contiguous())
         gated = kernels.swiglu([x.clone() for x in qkv], qkv)
-        _, entered = kernels.add_modulate(entering, 5, 0)
-        left, _ = kernels.add_modulate(leaving, 5, 0)
-        middle, middle_normed = kernels.add_modulate(rows, 2, 3)
+        _, entered = kernels.add_modulate(entering, *joint)
+        left, _ = kernels.add_modulate(leaving, *joint)
+        middle, middle_normed = kernels.add_modulate(rows, block.ATTENTION_GATE, block.MLP_SHIFT)
         added = (*totals, *normed, *entered, *left, *middle, *middle_normed)
         if not attends(device, dtype):
             return (*added, *both, *image, *gated)

@@ -18,10 +18,8 @@ from torch import Tensor
 
 from ...lens_core.config import DenoiserConfig
 from ...lens_core.denoiser import DenoiserRun, LensDenoiser
-from ...lens_core.denoiser.block import Shared, Tables, run_blocks
+from ...lens_core.denoiser.block import Shared, Tables, run_blocks, streams_of
 from ...lens_core.denoiser.modulation import Modulation
-from ...lens_core.denoiser.step_cache import RunBlocks
-from ...lens_core.ops import padding_mask
 from ...lens_core.sampling import grid_to_tokens, tokens_to_grid
 from .attention import host_attention
 
@@ -92,22 +90,15 @@ class HostDenoiser(LensDenoiser):
         img, txt = self.img_in(grid_to_tokens(x)), self.text_stream(context, x)
         img, txt = _patched(options, "post_input", {"img": img, "txt": txt})
         modulation = run.modulation(self, timestep, img.dtype)
-        mask = None
-        if attention_mask is not None:
-            mask = padding_mask(attention_mask, img.shape[1], img.dtype)
-        shared = self.shared(img, txt, grid, mask, host_attention(options), run)
+        shared = self.shared(img, txt, grid, attention_mask, host_attention(options), run)
         if hooked(options, control):
             if run.cache is not None:
                 run.cache.hinder(_HOOKED)
             img = self._hooked_blocks(x, img, txt, modulation, shared, options, control)
         else:
-            streams = (img, txt) if txt.shape[1] else (img,)
-            graphs = options.get(GRAPHS)
-            through: RunBlocks = run_blocks if graphs is None else graphs.run_blocks
-            if run.cache is not None:
-                through = run.cache.through(*_entry(options, timestep), through)
-            img = through(self.blocks, streams, modulation.tables(), shared)[0]
-        return tokens_to_grid(self.proj_out(self.norm_out(img, modulation.out)), grid).contiguous()
+            through = run.through(options.get(GRAPHS), *_entry(options, timestep))
+            img = through(self.blocks, streams_of(img, txt), modulation.tables(), shared)[0]
+        return tokens_to_grid(self.project_out(img, modulation), grid).contiguous()
 
     def text_stream(self, context: Tensor | None, x: Tensor) -> Tensor:
         """The text stream [B, S, H] of features [B, S, L * text hidden], or of itself; S = 0 without any."""
@@ -169,7 +160,7 @@ class HostDenoiser(LensDenoiser):
                 text_queries=True,
             )
             changed = args["vec"] is not temb
-            streams = (args["img"], args["txt"]) if args["txt"].shape[1] else (args["img"],)
+            streams = streams_of(args["img"], args["txt"])
             out = run_blocks([block], streams, [block.tables(args["vec"]) if changed else tables], given)
             return {"img": out[0], "txt": out[1] if len(out) > 1 else args["txt"]}
 

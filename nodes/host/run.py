@@ -20,7 +20,8 @@ log = logging.getLogger(__name__)
 
 def sample_with_run(executor: Any, guider: Any, sigmas: Tensor, extra_args: dict, *rest: Any) -> Any:
     """A SAMPLER_SAMPLE wrapper: the run's noise levels are known now, so their modulation is computed now."""
-    levels = [level for level in sigmas.tolist() if level > 0]
+    schedule = sigmas.tolist()
+    levels = [level for level in schedule if level > 0]
     options = extra_args["model_options"]["transformer_options"]
     denoiser = guider.inner_model.diffusion_model
     run = DenoiserRun(levels)
@@ -28,7 +29,7 @@ def sample_with_run(executor: Any, guider: Any, sigmas: Tensor, extra_args: dict
         run = _prepared(guider, denoiser, levels, extra_args["model_options"])
         _make_room(guider, guider.model_patcher, denoiser, rest)
     options[RUN] = run
-    run.cache = cache = cache_of(options, sigmas)
+    run.cache = cache = cache_of(options, schedule)
     with graphs_of_run(guider.model_patcher, extra_args["model_options"]):
         result = executor(guider, sigmas, extra_args, *rest)
     if cache is not None:

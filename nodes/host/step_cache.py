@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
-
-from torch import Tensor
 
 from ...lens_core.denoiser import STEP_CACHE_OFF, StepCache, StepCacheOptions
 from ...lens_core.errors import SettingError
@@ -29,6 +28,6 @@ def with_step_cache(model, threshold: float, start: float, end: float, max_conse
     return model
 
 
-def cache_of(transformer_options: dict[str, Any], sigmas: Tensor) -> StepCache | None:
-    """A new cache for a run over ``sigmas``; None if no node asked for one."""
-    return StepCache.of(transformer_options.get(_SETTINGS, STEP_CACHE_OFF), sigmas.tolist())
+def cache_of(transformer_options: dict[str, Any], levels: Sequence[float]) -> StepCache | None:
+    """A new cache for a run over ``levels``; None if no node asked for one."""
+    return StepCache.of(transformer_options.get(_SETTINGS, STEP_CACHE_OFF), levels)

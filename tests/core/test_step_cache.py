@@ -129,7 +129,7 @@ def test_a_skipped_step_adds_what_the_other_blocks_added_before(
         return out
 
     with monkeypatch.context() as patch:
-        patch.setattr("lens_core.denoiser.transformer.run_blocks", noting)
+        patch.setattr("lens_core.denoiser.run.run_blocks", noting)
         walk(denoiser, None, levels, text)
     first_before, last_before, first_now, _ = notes
     ends: list[Tensor] = []
