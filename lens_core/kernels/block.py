@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..quant.linear import QuantizedRows, quantize_rows
+
 # The parts of a modulation table [B, 6 H]: shift, scale and gate of attention, then of the MLP.
 PARTS = 6
 ATTENTION_SHIFT, ATTENTION_GATE, MLP_SHIFT, MLP_GATE = 0, 2, 3, 5
@@ -22,6 +24,10 @@ ATTENTION_SHIFT, ATTENTION_GATE, MLP_SHIFT, MLP_GATE = 0, 2, 3, 5
 # powers of two) even a row whose largest is -SCORE_LIMIT stays above its underflow at -126.
 EXP2_HEADROOM = 60.0
 SCORE_LIMIT = 56.0
+
+
+# What a linear takes: numbers as they are, or 8-bit ones and a scale for each row.
+Inputs = Tensor | QuantizedRows
 
 
 class Rows(NamedTuple):
@@ -59,18 +65,23 @@ def part_of(table: Tensor, index: int) -> Tensor:
     return table[:, None, index * hidden : (index + 1) * hidden]
 
 
-def add_modulate(streams: Sequence[Rows], gate: int, shift: int) -> tuple[list[Tensor], list[Tensor]]:
+def add_modulate(
+    streams: Sequence[Rows], gate: int, shift: int, kind: str | None = None
+) -> tuple[list[Tensor], list[Inputs]]:
     """x + gate * update of each stream, and RMSNorm of that, modulated (empty where nothing is normalised).
 
-    ``gate`` and ``shift`` are parts of the tables; the scale follows the shift.
+    ``gate`` and ``shift`` are parts of the tables; the scale follows the shift. The second result is for
+    linears, and quantised where these want a ``kind``.
     """
-    totals, normed = [], []
+    totals: list[Tensor] = []
+    normed: list[Inputs] = []
     for x, update, before, weight, eps, after in streams:
         total = x if update is None or before is None else x + part_of(before, gate) * update
         totals.append(total)
         if weight is not None and after is not None:
             norm = F.rms_norm(total, total.shape[-1:], weight, eps)
-            normed.append(modulate(norm, part_of(after, shift), part_of(after, shift + 1)))
+            out = modulate(norm, part_of(after, shift), part_of(after, shift + 1))
+            normed.append(out if kind is None else quantize_rows(out, kind))
     return totals, normed
 
 
@@ -117,6 +128,8 @@ def score_bound(largest_q: float, largest_k: float, head_dim: int) -> float:
     return largest_q * largest_k * head_dim**0.5
 
 
-def swiglu(gates: Sequence[Tensor], ups: Sequence[Tensor]) -> list[Tensor]:
-    """silu(gate) * up of each stream, [B, T, inner]. The gates may be overwritten."""
-    return [F.silu(gate) * up for gate, up in zip(gates, ups, strict=True)]
+def swiglu(gates: Sequence[Tensor], ups: Sequence[Tensor], kind: str | None = None) -> list[Inputs]:
+    """silu(gate) * up of each stream, [B, T, inner], quantised where the linears after it want a ``kind``.
+    The gates may be overwritten."""
+    out = [F.silu(gate) * up for gate, up in zip(gates, ups, strict=True)]
+    return [x if kind is None else quantize_rows(x, kind) for x in out]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import backend, block
-from .block import HeadNorms, Rows
+from .block import HeadNorms, Inputs, Rows
 
 log = logging.getLogger(__name__)
 
@@ -21,9 +21,9 @@ class BlockKernels:
     """One backend's operations; signatures and meaning are those of ``kernels.block``."""
 
     name: str
-    add_modulate: Callable[..., tuple[list[Tensor], list[Tensor]]]
+    add_modulate: Callable[..., tuple[list[Tensor], list[Inputs]]]
     joint_heads: Callable[..., tuple[Tensor, Tensor, Tensor]]
-    swiglu: Callable[..., list[Tensor]]
+    swiglu: Callable[..., list[Inputs]]
     # None where PyTorch's attention after joint_heads is as fast.
     attend: Callable[..., list[Tensor]] | None = None
 
