@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..quant import kitchen
 from ..quant import linear as quant
 from ..quant.layer_format import FLOAT8, INT8, LayerFormat
 from ..quant.linear import Packed, QuantizedRows, rotate
@@ -45,6 +46,8 @@ def multiply(x: QuantizedRows, packed: Packed, bias: Tensor | None) -> Tensor:
 def linear(x: Inputs, packed: Packed, bias: Tensor | None, kernels: LinearKernels) -> Tensor:
     """[B, T, N] of inputs [B, T, K]; those that are quantised already are not turned by a rotation again."""
     if isinstance(x, Tensor):
+        if kitchen.has(packed.form):
+            return kitchen.linear(x, packed, bias)
         x = rotate(x, packed.form.rotation)
         kind = kernels.inputs_of(packed.form)
         if kind is not None:

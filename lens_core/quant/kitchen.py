@@ -1,0 +1,77 @@
+"""Formats that comfy-kitchen quantises and multiplies: mxfp8 and nvfp4, which Blackwell GPUs have.
+
+Its tensors, in whose layouts ComfyUI keeps such weights too. Where the GPU has not the format, weights are
+dequantised and multiplied in the inputs' dtype.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import MissingPackage
+from .layer_format import LayerFormat
+from .linear import Packed
+
+_LAYOUTS = {"mxfp8": "TensorCoreMXFP8Layout", "nvfp4": "TensorCoreNVFP4Layout"}
+# Compute capability from which a GPU multiplies them.
+NEEDS = {"mxfp8": (10, 0), "nvfp4": (10, 0)}
+
+
+def has(form: LayerFormat) -> bool:
+    """Whether ``form`` is one of them."""
+    return form.name in _LAYOUTS
+
+
+def quantize(weight: Tensor, form: LayerFormat) -> Packed:
+    """Weight [N, K] as comfy-kitchen quantises it, its scales in cuBLAS' order."""
+    packed = _kitchen(form).QuantizedTensor.from_float(weight, _LAYOUTS[form.name])
+    params = packed.params
+    if form.name == "nvfp4":
+        return Packed(form, packed._qdata, params.block_scale, params.scale)
+    # As bytes: safetensors before 0.6 has no name for scales of eight exponent bits.
+    return Packed(form, packed._qdata, params.scale.view(torch.uint8))
+
+
+def dequantize(packed: Packed, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """The weight of ``shape`` (N, K) in ``dtype``."""
+    return _tensor(packed, shape, dtype).dequantize()
+
+
+def linear(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
+    """[B, T, N] of x [B, T, K]; inputs are quantised too where the GPU multiplies the format."""
+    weight = _tensor(packed, (packed.rows if bias is None else len(bias), x.shape[-1]), x.dtype)
+    flat: Any = x.flatten(0, -2)
+    if _native(packed.form, x.device):
+        flat = type(weight).from_float(flat, _LAYOUTS[packed.form.name])
+    return F.linear(flat, weight, bias).unflatten(0, x.shape[:-1])
+
+
+def _native(form: LayerFormat, device: torch.device) -> bool:
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device) >= NEEDS[form.name]
+
+
+def _tensor(packed: Packed, shape: tuple[int, int], dtype: torch.dtype) -> Any:
+    form, values, scale, factor = packed
+    kitchen, name = _kitchen(form), _LAYOUTS[form.name]
+    params: dict[str, Any] = {"orig_dtype": dtype, "orig_shape": shape}
+    if form.name == "nvfp4":
+        params |= {"scale": factor, "block_scale": scale.view(torch.float8_e4m3fn)}
+    else:
+        params |= {"scale": scale.view(torch.float8_e8m0fnu)}
+    return kitchen.QuantizedTensor(values, name, kitchen.get_layout_class(name).Params(**params))
+
+
+def _kitchen(form: LayerFormat) -> Any:
+    try:
+        import comfy_kitchen.tensor
+    except ImportError as error:
+        raise MissingPackage(
+            f"Weights in {form.name} need the package comfy-kitchen: pip install comfy-kitchen"
+        ) from error
+    return comfy_kitchen.tensor
