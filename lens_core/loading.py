@@ -15,20 +15,17 @@ import torch
 from torch import nn
 
 from .denoiser import LensDenoiser
+from .denoiser_file import DenoiserFile
 from .encoder import GptOssEncoder
 from .encoder_file import EncoderFile
 from .errors import CheckpointError, MissingPackage
 from .ops import CastingOperations, Operations
 from .prompt import PromptTokenizer
+from .quant.policy import NONE
 from .vae import LensVAE
-from .weights import (
-    denoiser_config,
-    load_into,
-    open_checkpoint,
-    vae_config,
-)
+from .weights import load_into, open_checkpoint, vae_config
 from .weights.detect import is_ldm_vae, require
-from .weights.keymap import DENOISER, VAE_DIFFUSERS, VAE_LDM
+from .weights.keymap import VAE_DIFFUSERS, VAE_LDM
 from .weights.loader import OnTensor
 from .weights.reader import read_json
 
@@ -46,12 +43,19 @@ def load_denoiser(
     dtype: torch.dtype,
     operations: Operations = nn,
     on_tensor: OnTensor | None = None,
+    quantization: str = NONE,
+    device: torch.device | str = "cpu",
 ) -> LensDenoiser:
-    """The denoiser on the CPU in ``dtype``."""
-    checkpoint = open_checkpoint(component_path(path, "denoiser"))
-    model = LensDenoiser(denoiser_config(checkpoint), operations, dtype, device="meta")
-    load_into(model, checkpoint, DENOISER, dtype, on_tensor=on_tensor)
+    """The denoiser on the CPU in ``dtype``, quantised as its file is or on ``device`` by ``quantization``."""
+    file = open_denoiser(path)
+    model = LensDenoiser(file.config, operations, dtype, device="meta")
+    file.load(model, dtype, mode=quantization, device=device, on_tensor=on_tensor)
     return model.eval()
+
+
+def open_denoiser(path: str | Path) -> DenoiserFile:
+    """A denoiser's file or folder, opened and checked but not read."""
+    return DenoiserFile(component_path(path, "denoiser"))
 
 
 def open_encoder(path: str | Path, tokenizer_places: Sequence[Path] = ()) -> EncoderFile:

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..config import DenoiserConfig
-from ..kernels import BlockKernels
+from ..kernels import BlockKernels, Inputs, LinearKernels
 from ..kernels.block import (
     ATTENTION_GATE,
     ATTENTION_SHIFT,
@@ -26,6 +26,7 @@ from ..kernels.block import (
     Rows,
 )
 from ..ops import Attention, Operations, fastest_attention
+from ..quant.layer_format import LayerFormat
 
 # One block's tables [B, 6 H]: the image's and the text's.
 Tables = tuple[Tensor, Tensor]
@@ -37,17 +38,27 @@ class Shared:
 
     ``rotary`` [2, N + S, D / 2] in fp32, ``mask`` None or additive [B, 1, 1, N + S]. ``attention`` None is
     the kernels' own in the ``bounded`` layers, PyTorch's in others and under a mask. ``weight_of`` gives a
-    norm's weight as its caller's operations would use it beside x. ``text_queries``: the last block too asks
-    with the text's queries, though no one reads the answers (an attention override may count on them).
+    norm's weight as its caller's operations would use it beside x, ``form_of`` how a linear is quantised, if
+    it is. ``text_queries``: the last block too asks with the text's queries, though no one reads the answers
+    (an attention override may count on them).
     """
 
     kernels: BlockKernels
+    linears: LinearKernels
     attention: Attention | None
     rotary: Tensor
     mask: Tensor | None
     weight_of: Callable[[Any, Tensor], Tensor]
+    form_of: Callable[[nn.Module], LayerFormat | None]
     bounded: Collection[JointAttention] = ()
     text_queries: bool = False
+
+    def kind(self, *layers: nn.Module) -> str | None:
+        """What the inputs of all these linears are to be quantised to, if they agree on it."""
+        forms = [self.form_of(layer) for layer in layers]
+        if forms[0] is None or forms[0].rotation or any(form != forms[0] for form in forms[1:]):
+            return None
+        return self.linears.inputs_of(forms[0])
 
 
 class SwiGLU(nn.Module):
@@ -78,9 +89,15 @@ class JointAttention(nn.Module):
         """Of the image's queries and keys, then of the text's."""
         return self.norm_q, self.norm_k, self.norm_added_q, self.norm_added_k
 
-    def forward(self, streams: Sequence[Tensor], shared: Shared, image_only: bool) -> list[Tensor]:
-        """Streams [B, T, H] -> their updates; only the image's if no one will read the text's."""
-        qkv = _each((self.img_qkv, self.txt_qkv), streams)
+    def projections(self) -> tuple[nn.Module, nn.Module]:
+        """To queries, keys and values: the image's and the text's."""
+        return self.img_qkv, self.txt_qkv
+
+    def forward(
+        self, streams: Sequence[Tensor], normed: Sequence[Inputs], shared: Shared, image_only: bool
+    ) -> list[Tensor]:
+        """Norms of the streams [B, T, H] -> their updates; only the image's if no one will read the text's."""
+        qkv = _each(self.projections(), normed)
         pairs = ((self.norm_q, self.norm_k), (self.norm_added_q, self.norm_added_k))[: len(qkv)]
         norms = [HeadNorms(shared.weight_of(q, qkv[0]), shared.weight_of(k, qkv[0]), q.eps) for q, k in pairs]
         outs = (self.to_out[0], self.to_add_out)
@@ -124,21 +141,21 @@ class LensBlock(nn.Module):
         return self.img_mod(temb), self.txt_mod(temb)
 
     def forward(
-        self, streams: Sequence[Tensor], normed: Sequence[Tensor], tables: Tables, shared: Shared
+        self, streams: Sequence[Tensor], normed: Sequence[Inputs], tables: Tables, shared: Shared
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Streams [B, T, H] and ``enter``'s norms of them -> streams, and the MLPs' updates to them.
 
         The updates are not added yet: that is one step with the next block's first norm.
         """
         kernels = shared.kernels
-        updates = self.attn(normed, shared, self.last)
+        updates = self.attn(streams, normed, shared, self.last)
         norms = (self.img_norm2, self.txt_norm2)
         rows = _rows(norms, zip(streams, updates, tables, strict=False), tables, shared)
-        streams, normed = kernels.add_modulate(rows, ATTENTION_GATE, MLP_SHIFT)
-        mlps = (self.img_mlp, self.txt_mlp)
-        gates = _each([mlp.w1 for mlp in mlps], normed)
-        gates = kernels.swiglu(gates, _each([mlp.w3 for mlp in mlps], normed))
-        return streams, _each([mlp.w2 for mlp in mlps], gates)
+        mlps = (self.img_mlp, self.txt_mlp)[: len(rows)]
+        gates, ups, downs = zip(*((mlp.w1, mlp.w3, mlp.w2) for mlp in mlps), strict=True)
+        streams, normed = kernels.add_modulate(rows, ATTENTION_GATE, MLP_SHIFT, shared.kind(*gates, *ups))
+        inner = kernels.swiglu(_each(gates, normed), _each(ups, normed), shared.kind(*downs))
+        return streams, _each(downs, inner)
 
     def enter(
         self,
@@ -147,11 +164,13 @@ class LensBlock(nn.Module):
         before: Tables,
         after: Tables,
         shared: Shared,
-    ) -> tuple[list[Tensor], list[Tensor]]:
+    ) -> tuple[list[Tensor], list[Inputs]]:
         """Add the block before's updates, if any, by its tables; -> streams, and their first norms."""
         norms = (self.img_norm1, self.txt_norm1)
         pending = zip(streams, updates or (None, None), before, strict=False)
-        return shared.kernels.add_modulate(_rows(norms, pending, after, shared), MLP_GATE, ATTENTION_SHIFT)
+        rows = _rows(norms, pending, after, shared)
+        kind = shared.kind(*self.attn.projections()[: len(rows)])
+        return shared.kernels.add_modulate(rows, MLP_GATE, ATTENTION_SHIFT, kind)
 
 
 def _rows(
@@ -187,6 +206,6 @@ def streams_of(img: Tensor, txt: Tensor) -> tuple[Tensor, ...]:
     return (img, txt) if txt.shape[1] else (img,)
 
 
-def _each(layers: Sequence[nn.Module], streams: Sequence[Tensor]) -> list[Tensor]:
+def _each(layers: Sequence[nn.Module], streams: Sequence[Inputs]) -> list[Tensor]:
     """Each stream through its layer; there are fewer streams than layers without a text."""
     return [layer(x) for layer, x in zip(layers, streams, strict=False)]

@@ -17,9 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import DenoiserConfig
-from ..kernels import EAGER_BLOCK, choose_block
+from ..kernels import EAGER_BLOCK, EAGER_LINEAR, choose_block, choose_linear
 from ..kernels.block import modulate
 from ..ops import Attention, Operations, padding_mask
+from ..quant.layer_format import LayerFormat
+from ..quantized import form_of
 from .block import LensBlock, Shared, streams_of
 from .graph import BlockGraphs
 from .modulation import Modulation
@@ -156,12 +158,13 @@ class LensDenoiser(nn.Module):
         mask = None if text_real is None else padding_mask(text_real, img.shape[1], img.dtype)
         trained = (img, txt, *self.parameters()) if torch.is_grad_enabled() else ()
         if any(x.requires_grad for x in trained):  # a training node: only the definitions have gradients
-            kernels = EAGER_BLOCK
+            kernels, linears = EAGER_BLOCK, EAGER_LINEAR
         else:
             kernels = choose_block(img.device, img.dtype, self.config.attention_head_dim)
+            linears = choose_linear(img.device, img.dtype)
         rotary = run.rotary(self, grid, txt.shape[1], img.device)
         bounded = () if kernels.attend is None else run.bounded(self, img)
-        return Shared(kernels, attention, rotary, mask, self.weight_of, bounded)
+        return Shared(kernels, linears, attention, rotary, mask, self.weight_of, self.form_of, bounded)
 
     def project_out(self, img: Tensor, modulation: Modulation) -> Tensor:
         """Image stream [B, N, H] -> velocity [B, N, C]."""
@@ -170,6 +173,10 @@ class LensDenoiser(nn.Module):
     def weight_of(self, norm: Any, x: Tensor) -> Tensor:
         """A norm's weight for use beside x; a caller whose operations offload or patch it says otherwise."""
         return norm.weight
+
+    def form_of(self, layer: nn.Module) -> LayerFormat | None:
+        """How a linear is quantised, if it is; a caller with quantised linears of its own says otherwise."""
+        return form_of(layer)
 
     def embed_text(self, text: Tensor) -> Tensor:
         """[B, S, L, text hidden] -> [B, S, H]."""

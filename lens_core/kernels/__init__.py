@@ -6,19 +6,25 @@
 from . import eager
 from .bank import Bank, DenseMatrices, PackedMatrices
 from .block_registry import EAGER_BLOCK, BlockKernels, choose_block
+from .linear import EAGER_LINEAR, Inputs, LinearKernels
+from .linear_registry import choose_linear
 from .plan import AttentionPlan, Block
 from .registry import Kernels, choose
 
 __all__ = [
     "EAGER_BLOCK",
+    "EAGER_LINEAR",
     "AttentionPlan",
     "Bank",
     "Block",
     "BlockKernels",
     "DenseMatrices",
+    "Inputs",
     "Kernels",
+    "LinearKernels",
     "PackedMatrices",
     "choose",
     "choose_block",
+    "choose_linear",
     "eager",
 ]

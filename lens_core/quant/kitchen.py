@@ -36,6 +36,27 @@ def quantize(weight: Tensor, form: LayerFormat) -> Packed:
     return Packed(form, packed._qdata, params.scale.view(torch.uint8))
 
 
+def empty(size: tuple[int, int], form: LayerFormat) -> Packed:
+    """What ``quantize`` makes of a weight of ``size`` (N, K), without memory."""
+    rows, columns = size
+
+    def meta(height: int, width: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(height, width, dtype=dtype, device="meta")
+
+    # Scales in tiles of 128 rows and 4 groups, as cuBLAS reads them.
+    scales = _up(rows, 128), _up(columns // form.group, 4)
+    if form.name == "nvfp4":
+        factor = torch.empty((), device="meta")
+        values = meta(_up(rows, 16), _up(columns, 16) // 2, torch.uint8)
+        return Packed(form, values, meta(*scales, torch.float8_e4m3fn), factor)
+    values = meta(_up(rows, 32), _up(columns, 32), torch.float8_e4m3fn)
+    return Packed(form, values, meta(*scales, torch.uint8))
+
+
+def _up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
+
+
 def dequantize(packed: Packed, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
     """The weight of ``shape`` (N, K) in ``dtype``."""
     return _tensor(packed, shape, dtype).dequantize()

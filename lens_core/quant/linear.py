@@ -64,16 +64,24 @@ def dequantize_rows(rows: QuantizedRows) -> Tensor:
     return (rows.values.float() * rows.scale).to(rows.dtype)
 
 
-def quantize(weight: Tensor, form: LayerFormat, search: bool = False) -> Packed:
+def as_tensor(x: Tensor | QuantizedRows) -> Tensor:
+    """Inputs as they are, or as they were."""
+    return x if isinstance(x, Tensor) else dequantize_rows(x)
+
+
+def quantize(
+    weight: Tensor, form: LayerFormat, search: bool = False, seed: int | None = None
+) -> Packed:
     """Nearest numbers of ``form`` to weight [N, K].
 
     float8: one scale for the weight, as ComfyUI's files have it. int8: one for each row. Affine formats: from
     a group's smallest to its largest, scale and zero point in bf16; with ``search``, the part of that range
-    that leaves the smallest squared error.
+    that leaves the smallest squared error; with a ``seed``, numbers rounded up or down by chance, so that
+    changes smaller than a step are not lost in the mean.
     """
     wide = weight.float()
     if form.name == AFFINE:
-        return _quantize_groups(wide, form, search)
+        return _quantize_groups(wide, form, search, seed)
     if form.kind == FLOAT8:
         scale = wide.abs().amax().clamp_min(_NOT_ZERO) / LARGEST[FLOAT8]
         return Packed(form, (wide / scale).to(torch.float8_e4m3fn), scale)
@@ -133,11 +141,19 @@ def _nibbles(values: Tensor, signed: bool) -> Tensor:
     return numbers - 16 * (numbers > 7) if signed else numbers
 
 
+def _rounded(numbers: Tensor, seed: int | None) -> Tensor:
+    if seed is None:
+        return numbers.round_()
+    generator = torch.Generator(numbers.device).manual_seed(seed)
+    chance = torch.rand(numbers.shape, generator=generator, device=numbers.device)
+    return numbers.add_(chance).floor_()
+
+
 def _of_rows(scale: Tensor) -> Tensor:
     return scale.reshape(-1, 1) if scale.numel() > 1 else scale
 
 
-def _quantize_groups(wide: Tensor, form: LayerFormat, search: bool) -> Packed:
+def _quantize_groups(wide: Tensor, form: LayerFormat, search: bool, seed: int | None) -> Packed:
     groups = wide.unflatten(-1, (-1, form.group))
     largest = 2**form.bits - 1
     low, high = groups.aminmax(dim=-1, keepdim=True)
@@ -147,7 +163,7 @@ def _quantize_groups(wide: Tensor, form: LayerFormat, search: bool) -> Packed:
         zero = (middle - half).bfloat16()
         scale = (2 * half / largest).bfloat16()
         step = scale.float().clamp_min(_NOT_ZERO)
-        numbers = ((groups - zero.float()) / step).round_().clamp_(0, largest)
+        numbers = _rounded((groups - zero.float()) / step, seed).clamp_(0, largest)
         if not search:
             best = numbers, scale, zero
             break

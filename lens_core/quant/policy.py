@@ -56,11 +56,23 @@ def is_quantized(layer: str) -> bool:
     return _QUANTIZED.match(layer) is not None
 
 
+def fits(size: tuple[int, int], form: LayerFormat) -> bool:
+    """Whether a weight of ``size`` (N, K) can be held in ``form``: groups are whole, bytes full."""
+    return size[1] % (form.group or 8 // form.bits) == 0
+
+
 def pack(weight: Tensor, mode: Mode) -> Packed:
     """Weight [N, K] in a mode's format."""
     if kitchen.has(mode.form):
         return kitchen.quantize(weight, mode.form)
     return definitions.quantize(weight, mode.form, mode.search)
+
+
+def empty(size: tuple[int, int], form: LayerFormat) -> Packed:
+    """What ``pack`` makes of a weight of ``size`` (N, K), without memory."""
+    if kitchen.has(form):
+        return kitchen.empty(size, form)
+    return definitions.quantize(torch.empty(size, device="meta"), form)
 
 
 def weight_bytes(sizes: Mapping[str, int], mode: Mode | None) -> int:

@@ -22,7 +22,7 @@ Shape = tuple[int, ...]
 _KINDS: tuple[tuple[str, str], ...] = (
     ("a LoRA", r"\.(?:lora_down|lora_A|lora_up|lora_B|hada_w1_a|lokr_w1)(?:\.|$)"),
     ("a Lens denoiser quantised by SDNQ", r"transformer_blocks\.0\.attn\.img_qkv\.zero_point$"),
-    ("a quantised Lens denoiser (Comfy)", r"transformer_blocks\.0\.attn\.img_qkv\.comfy_quant$"),
+    ("a Lens denoiser quantised for ComfyUI", r"transformer_blocks\.0\.attn\.img_qkv\.comfy_quant$"),
     ("a Lens denoiser", r"(?:^|\.)transformer_blocks\.0\.attn\.img_qkv\.weight$"),
     ("a GPT-OSS encoder in MXFP4", r"^(?:model\.)?layers\.0\.mlp\.experts\.gate_up_proj_blocks$"),
     (
@@ -85,12 +85,12 @@ def require(checkpoint: AnyCheckpoint, component: str) -> str:
     """What the checkpoint is; raises CheckpointError unless it holds ``component``: denoiser, encoder
     or vae."""
     kind, expected = describe(checkpoint), _EXPECTED[component]
-    if kind != expected and not (component == "encoder" and kind.startswith(expected)):
+    if kind != expected and not (component != "vae" and kind.startswith(f"{expected} ")):
         raise CheckpointError(f"{checkpoint.name} is {kind}; expected {expected}. {_ADVICE[component]}")
     return kind
 
 
-def denoiser_config(checkpoint: Checkpoint) -> DenoiserConfig:
+def denoiser_config(checkpoint: AnyCheckpoint) -> DenoiserConfig:
     """Sizes of a Lens denoiser."""
     require(checkpoint, "denoiser")
     source = rename(checkpoint.header, DENOISER)

@@ -20,8 +20,10 @@ from ...lens_core.config import DenoiserConfig
 from ...lens_core.denoiser import DenoiserRun, LensDenoiser
 from ...lens_core.denoiser.block import Shared, Tables, run_blocks, streams_of
 from ...lens_core.denoiser.modulation import Modulation
+from ...lens_core.quant.layer_format import LayerFormat
 from ...lens_core.sampling import grid_to_tokens, tokens_to_grid
 from .attention import host_attention
+from .quantized import form_of
 
 # Where transformer_options keep the DenoiserRun of the picture that is being sampled.
 RUN = "lens_run"
@@ -115,6 +117,10 @@ class HostDenoiser(LensDenoiser):
         if weight.device == x.device and weight.dtype == x.dtype and not norm.weight_function:
             return weight
         return comfy.ops.cast_bias_weight(norm, x)[0]
+
+    def form_of(self, layer: Any) -> LayerFormat | None:
+        """How a linear is quantised, if it computes with its weight as that is stored."""
+        return form_of(layer)
 
     def _hooked_blocks(
         self,

@@ -1,0 +1,115 @@
+"""A denoiser's file or folder, opened and checked but not read; quantised or to be quantised as it is read."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .denoiser import LensDenoiser
+from .quant import policy
+from .quant.linear import Packed
+from .quant.policy import MODES, NONE, Mode
+from .quantized import replace_linears
+from .weights import DENOISER, denoiser_config, load_into, open_checkpoint
+from .weights.gguf import GgufCheckpoint, is_gguf
+from .weights.keymap import rename
+from .weights.loader import AnyCheckpoint, OnTensor, Source, Stored
+from .weights.quantized import UNUSED, QuantizedPart, stored_layers
+
+log = logging.getLogger(__name__)
+
+
+class DenoiserFile:
+    """What a path holds. Raises CheckpointError where that is no Lens denoiser."""
+
+    def __init__(self, path: Path) -> None:
+        self.checkpoint: AnyCheckpoint = GgufCheckpoint(path) if is_gguf(path) else open_checkpoint(path)
+        self.config = denoiser_config(self.checkpoint)
+        self.sizes = _linears(LensDenoiser(self.config, device="meta"))
+        source = rename(self.checkpoint.header, DENOISER, UNUSED)
+        self.stored = stored_layers(self.checkpoint, source, self.sizes)
+
+    def load(
+        self,
+        module: nn.Module,
+        dtype: torch.dtype | None,
+        *,
+        mode: str = NONE,
+        structure: nn.Module | None = None,
+        device: torch.device | str = "cpu",
+        read: Callable[[str], Tensor] | None = None,
+        on_tensor: OnTensor | None = None,
+    ) -> None:
+        """Fill ``module``, a denoiser without memory, quantised by ``mode`` if the file is not already.
+
+        Weights are quantised one at a time on ``device``; all tensors end on the CPU. ``structure`` as in
+        ``load_into``: a LensDenoiser, where the module's linears are not torch's.
+        """
+        layers = self.layers(mode, torch.device(device))
+        structure = module if structure is None else structure
+        replace_linears(structure, {name: part.packed for name, part in layers.items()})
+        load_into(
+            module,
+            self.checkpoint,
+            DENOISER,
+            dtype,
+            structure=structure,
+            unused=UNUSED,
+            parts=[part.part(name) for name, part in layers.items()],
+            read=read,
+            on_tensor=on_tensor,
+        )
+
+    def layers(self, mode: str, device: torch.device) -> dict[str, QuantizedPart]:
+        """The linears that are quantised, in the file or by ``mode``."""
+        if mode == NONE:
+            return self.stored
+        wanted = MODES[mode]
+        if self.stored:
+            return self._as_stored(mode, wanted)
+        return {
+            name: _quantizing(name, size, wanted, device)
+            for name, size in self.sizes.items()
+            if policy.is_quantized(name) and policy.fits(size, wanted.form)
+        }
+
+    def _as_stored(self, mode: str, wanted: Mode) -> dict[str, QuantizedPart]:
+        """The file's own layers; whether their inputs are quantised is the mode's to say where it is of the
+        same format."""
+        names = {part.packed.form.name for part in self.stored.values()}
+        if wanted.form.name not in names:
+            log.warning(
+                "%s is quantised already (%s), so its weights stay as they are; quantization %s is for files "
+                "in bf16 or fp32.",
+                self.checkpoint.name,
+                ", ".join(sorted(names)),
+                mode,
+            )
+            return self.stored
+        dynamic = wanted.form.inputs is not None
+        return {name: part.dynamic(dynamic) for name, part in self.stored.items()}
+
+
+def _linears(model: nn.Module) -> dict[str, tuple[int, int]]:
+    layers = model.named_modules()
+    return {
+        name: (layer.out_features, layer.in_features) for name, layer in layers if isinstance(layer, nn.Linear)
+    }
+
+
+def _quantizing(name: str, size: tuple[int, int], mode: Mode, device: torch.device) -> QuantizedPart:
+    """A layer that is quantised as it is read."""
+    stored = Stored(f"{name}.weight", (size, (*size, 1, 1)))
+    packed = policy.empty(size, mode.form)
+    return QuantizedPart(packed, (stored,), partial(_pack, mode=mode, size=size, device=device))
+
+
+def _pack(sources: Sequence[Source], mode: Mode, size: tuple[int, int], device: torch.device) -> Packed:
+    packed = policy.pack(sources[0].read(None).view(size).to(device), mode)
+    tensors = [tensor if tensor is None else tensor.cpu() for tensor in packed[1:]]
+    return Packed(packed.form, *tensors)  # type: ignore[arg-type]
