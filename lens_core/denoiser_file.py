@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from .denoiser import LensDenoiser
+from .denoiser.modulation import is_modulation
 from .quant import policy
 from .quant.linear import Packed
-from .quant.policy import MODES, NONE, Mode
+from .quant.policy import AUTO, MODES, NONE, Mode
 from .quantized import replace_linears
 from .weights import DENOISER, denoiser_config, load_into, open_checkpoint
 from .weights.gguf import GgufCheckpoint, is_gguf
@@ -33,6 +34,21 @@ class DenoiserFile:
         self.sizes = _linears(LensDenoiser(self.config, device="meta"))
         source = rename(self.checkpoint.header, DENOISER, UNUSED)
         self.stored = stored_layers(self.checkpoint, source, self.sizes)
+
+    def mode(self, quantization: str, device: torch.device) -> str:
+        """What a choice means for this file on this device: itself, or for ``auto`` one that is logged with
+        its reason."""
+        if quantization != AUTO:
+            return quantization
+        if self.stored:
+            log.info("Quantisation: auto keeps %s as it is quantised.", self.checkpoint.name)
+            return NONE
+        steps = {
+            name: rows * columns for name, (rows, columns) in self.sizes.items() if not is_modulation(name)
+        }
+        mode, why = policy.choose(steps, *_gpu(device))
+        log.info("Quantisation: auto chose %s: %s.", mode, why)
+        return mode
 
     def load(
         self,
@@ -95,10 +111,23 @@ class DenoiserFile:
         return {name: part.dynamic(dynamic) for name, part in self.stored.items()}
 
 
+def _gpu(device: torch.device) -> tuple[int | None, tuple[int, int] | None, str]:
+    """Bytes of GPU memory that other programs leave (None: no GPU), an NVIDIA GPU's capability, and a name."""
+    if device.type == "cpu":
+        return None, None, "the CPU"
+    if device.type != "cuda":
+        return None, None, f"the {device.type.upper()} device"
+    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    capability = None if torch.version.hip is not None else torch.cuda.get_device_capability(device)
+    return free, capability, torch.cuda.get_device_name(device)
+
+
 def _linears(model: nn.Module) -> dict[str, tuple[int, int]]:
     layers = model.named_modules()
     return {
-        name: (layer.out_features, layer.in_features) for name, layer in layers if isinstance(layer, nn.Linear)
+        name: (layer.out_features, layer.in_features)
+        for name, layer in layers
+        if isinstance(layer, nn.Linear)
     }
 
 

@@ -26,7 +26,9 @@ OnStep = Callable[[int, int], None]
 class QuantizedLinear(nn.Module):
     """torch.nn.Linear over a packed weight; inputs may come quantised already."""
 
-    def __init__(self, packed: Packed, bias: nn.Parameter | None, in_features: int, out_features: int) -> None:
+    def __init__(
+        self, packed: Packed, bias: nn.Parameter | None, in_features: int, out_features: int
+    ) -> None:
         super().__init__()
         self.form = packed.form
         self.in_features, self.out_features = in_features, out_features

@@ -69,9 +69,7 @@ def as_tensor(x: Tensor | QuantizedRows) -> Tensor:
     return x if isinstance(x, Tensor) else dequantize_rows(x)
 
 
-def quantize(
-    weight: Tensor, form: LayerFormat, search: bool = False, seed: int | None = None
-) -> Packed:
+def quantize(weight: Tensor, form: LayerFormat, search: bool = False, seed: int | None = None) -> Packed:
     """Nearest numbers of ``form`` to weight [N, K].
 
     float8: one scale for the weight, as ComfyUI's files have it. int8: one for each row. Affine formats: from

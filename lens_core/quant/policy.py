@@ -96,7 +96,7 @@ def choose(
     other programs, ``capability`` an NVIDIA GPU's (None: another's). Exact where there is room for it.
     """
     if free is None:
-        return NONE, "there is no GPU, and a CPU is fastest with whole numbers of its own"
+        return NONE, f"what {gpu} has free is not known, or it is no GPU"
     room, names = free - WORKING_BYTES, _for(capability)
     whole = weight_bytes(sizes, None)
     there = f"{free / 1e9:.1f} GB of {gpu} are free"

@@ -18,12 +18,13 @@ from .reader import Checkpoint
 
 Shape = tuple[int, ...]
 
+_LENS = r"(?:^|\.)transformer_blocks\.0\.attn\.img_qkv\.weight$"
 # (what it is, a pattern that one of its tensor names matches); the first row that matches wins.
 _KINDS: tuple[tuple[str, str], ...] = (
     ("a LoRA", r"\.(?:lora_down|lora_A|lora_up|lora_B|hada_w1_a|lokr_w1)(?:\.|$)"),
     ("a Lens denoiser quantised by SDNQ", r"transformer_blocks\.0\.attn\.img_qkv\.zero_point$"),
-    ("a Lens denoiser quantised for ComfyUI", r"transformer_blocks\.0\.attn\.img_qkv\.comfy_quant$"),
-    ("a Lens denoiser", r"(?:^|\.)transformer_blocks\.0\.attn\.img_qkv\.weight$"),
+    ("a quantised Lens denoiser (Comfy)", r"transformer_blocks\.0\.attn\.img_qkv\.comfy_quant$"),
+    ("a Lens denoiser", _LENS),
     ("a GPT-OSS encoder in MXFP4", r"^(?:model\.)?layers\.0\.mlp\.experts\.gate_up_proj_blocks$"),
     (
         "a GPT-OSS encoder quantised for ComfyUI",
@@ -74,6 +75,9 @@ def _describe_gguf(checkpoint: GgufCheckpoint) -> str:
     parts = checkpoint.metadata.get("split.count", 1)
     if parts > 1:
         return f"one of {parts} parts of a GGUF (llama-gguf-split --merge joins them)"
+    # By its tensors: nobody has agreed on an architecture's name for it.
+    if any(re.search(_LENS, name) for name in checkpoint.header):
+        return "a Lens denoiser in GGUF"
     if architecture != "gpt-oss":
         return f"a GGUF of {architecture}"
     if "blk.0.ffn_gate_exps.weight" not in checkpoint.header:

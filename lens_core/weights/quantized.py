@@ -21,7 +21,7 @@ from ..quant.layer_format import AFFINE, SCALES, LayerFormat, affine4, float8, f
 from ..quant.linear import Packed
 from ..quantized import tensors_of
 from .gguf import GgufCheckpoint
-from .gguf_linear import gguf_layers, repack, warn_coarse_modulation
+from .gguf_linear import TYPES, gguf_layers, repack
 from .loader import AnyCheckpoint, Part, Shape, Source, Stored
 from .tensor_info import DTYPES
 
@@ -74,11 +74,14 @@ def stored_layers(
         return _gguf(checkpoint, source, sizes)
     layers = _comfy(checkpoint, source, sizes) or _scaled(checkpoint, source, sizes)
     layers = layers or _sdnq(checkpoint, source, sizes)
-    _warn_coarse({name: part.packed.form for name, part in layers.items()})
+    forms = {name: part.packed.form for name, part in layers.items()}
+    warn_coarse(checkpoint, {name: (form.bits, form.name) for name, form in forms.items()})
     return layers
 
 
-def _comfy(checkpoint: Any, source: Mapping[str, str], sizes: Mapping[str, Shape]) -> dict[str, QuantizedPart]:
+def _comfy(
+    checkpoint: Any, source: Mapping[str, str], sizes: Mapping[str, Shape]
+) -> dict[str, QuantizedPart]:
     forms = {
         name.removesuffix(".comfy_quant"): from_json(checkpoint.read(stored), name)
         for name, stored in source.items()
@@ -139,7 +142,9 @@ def _as_they_are(
     shapes: tuple[Shape, ...] = ((rows, width),)
     if form.group and form.name != AFFINE:  # padded to whole tiles
         shapes = ((-(-rows // 32) * 32, -(-width // 16) * 16), *shapes)
-    meta = [torch.empty(info.shape, dtype=DTYPES.get(info.dtype, torch.uint8), device="meta") for info in infos]
+    meta = [
+        torch.empty(info.shape, dtype=DTYPES.get(info.dtype, torch.uint8), device="meta") for info in infos
+    ]
     stored = [Stored(f"{layer}.{name}", (), (info.dtype,)) for name, info in zip(names, infos, strict=True)]
     stored[0] = Stored(f"{layer}.weight", shapes, _DTYPES[form.name])
     if beside:
@@ -157,7 +162,9 @@ def _known(tensor: Tensor) -> Tensor:
     return tensor.view(torch.uint8) if tensor.dtype == torch.float8_e8m0fnu else tensor
 
 
-def _scaled(checkpoint: Any, source: Mapping[str, str], sizes: Mapping[str, Shape]) -> dict[str, QuantizedPart]:
+def _scaled(
+    checkpoint: Any, source: Mapping[str, str], sizes: Mapping[str, Shape]
+) -> dict[str, QuantizedPart]:
     """ComfyUI's older files: ``scale_weight`` beside 8-bit floats; two numbers in ``scaled_fp8`` mean that
     inputs stay as they are."""
     layers = [name.removesuffix(".scale_weight") for name in source if name.endswith(".scale_weight")]
@@ -210,8 +217,8 @@ def _sdnq_layer(
 def _gguf(
     checkpoint: GgufCheckpoint, source: Mapping[str, str], sizes: Mapping[str, Shape]
 ) -> dict[str, QuantizedPart]:
-    found = gguf_layers(checkpoint, dict(source))
-    warn_coarse_modulation(found)
+    found = gguf_layers(checkpoint, source)
+    warn_coarse(checkpoint, {name: (TYPES[kind].bits, kind) for name, (_, kind) in found.items()})
     return {name: _gguf_layer(checkpoint, sizes, name, form, kind) for name, (form, kind) in found.items()}
 
 
@@ -222,9 +229,7 @@ def _gguf_layer(
     scale = torch.empty(rows, columns // form.group, device="meta")
     values = torch.empty(rows, columns * form.bits // 8, dtype=torch.uint8, device="meta")
     stored = (Stored(f"{layer}.weight", ((rows, columns),), (kind,)),)
-    return QuantizedPart(
-        Packed(form, values, scale, scale), stored, lambda sources: repack(sources[0].info, kind)
-    )
+    return QuantizedPart(Packed(form, values, scale, scale), stored, lambda sources: repack(sources[0].info))
 
 
 def _size(checkpoint: AnyCheckpoint, sizes: Mapping[str, Shape], layer: str) -> Shape:
@@ -235,5 +240,18 @@ def _size(checkpoint: AnyCheckpoint, sizes: Mapping[str, Shape], layer: str) -> 
     return sizes[layer]
 
 
-def _warn_coarse(forms: Mapping[str, LayerFormat]) -> None:
-    pass
+def warn_coarse(checkpoint: AnyCheckpoint, bits: Mapping[str, tuple[int, str]]) -> list[str]:
+    """Modulation layers below 8 bits, of layers with their bits and what their format is called; warns of
+    them."""
+    coarse = [name for name, (count, _) in bits.items() if _MODULATION.search(name) and count < 8]
+    if coarse:
+        log.warning(
+            "%s: %d modulation layers have fewer than 8 bits (the first is %s in %s). They set shift, scale "
+            "and gate of every token, and so coarse they can put a grid on pictures; choose a file that has "
+            "them in 8 bits or more, such as q8_0.",
+            checkpoint.name,
+            len(coarse),
+            coarse[0],
+            bits[coarse[0]][1],
+        )
+    return coarse

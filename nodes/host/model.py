@@ -26,18 +26,14 @@ from torch import Tensor
 from ...lens_core.config import DenoiserConfig, Variant
 from ...lens_core.denoiser import LensDenoiser
 from ...lens_core.errors import SettingError
-from ...lens_core.loading import component_path
+from ...lens_core.loading import open_denoiser
+from ...lens_core.quant.policy import NONE
 from ...lens_core.sampling import empirical_mu, norm_rescaled_guidance
-from ...lens_core.weights import (
-    DENOISER,
-    Checkpoint,
-    denoiser_config,
-    load_into,
-    open_checkpoint,
-    variant_of,
-)
+from ...lens_core.weights import variant_of
+from ...lens_core.weights.loader import AnyCheckpoint
 from .denoiser import GRAPHS, RUN, HostDenoiser
 from .progress import on_progress
+from .quantized import operations
 from .reader import host_reader
 from .residency import patcher_class
 from .run import sample_with_run
@@ -55,7 +51,7 @@ class LensModelConfig(comfy.supported_models_base.BASE):
     supported_inference_dtypes = [torch.bfloat16, torch.float32]
     memory_usage_factor = 4.0
 
-    def __init__(self, config: DenoiserConfig, variant: Variant) -> None:
+    def __init__(self, config: DenoiserConfig, variant: Variant, operations: Any = None) -> None:
         super().__init__(
             {
                 "image_model": "lens",
@@ -68,6 +64,7 @@ class LensModelConfig(comfy.supported_models_base.BASE):
                 "selected_layer_index": tuple(range(config.num_text_layers)),
             }
         )
+        self.custom_operations = operations
         self.sampling_settings = {"shift": empirical_mu(_TOKENS_1024, variant.steps)}
 
 
@@ -132,43 +129,46 @@ def lens_cfg_function(args: dict[str, Any]) -> Tensor:
     return norm_rescaled_guidance(args["cond"], args["uncond"], args["cond_scale"], dim=1)
 
 
-def load_model(path: Path, dtype: torch.dtype | None, disable_dynamic: bool = False):
+def load_model(
+    path: Path, dtype: torch.dtype | None, quantization: str = NONE, disable_dynamic: bool = False
+):
     """A file or Lens folder as a ModelPatcher, and which published variant it is.
 
-    ``dtype`` None leaves the choice to ComfyUI.
+    ``dtype`` None leaves the choice to ComfyUI; ``quantization`` is one of ``policy.CHOICES``.
     """
-    checkpoint = open_checkpoint(component_path(path, "denoiser"))
-    variant = variant_of(path.name, checkpoint.metadata)
-    config = denoiser_config(checkpoint)
+    file = open_denoiser(path)
+    variant = variant_of(path.name, file.checkpoint.metadata)
     management = comfy.model_management
     device, offload_device = management.get_torch_device(), management.unet_offload_device()
     supported = LensModelConfig.supported_inference_dtypes
-    held = dtype or _dtype_for(checkpoint, device, supported)
+    held = dtype or _dtype_for(file.checkpoint, device, supported)
     cast = management.unet_manual_cast(held, device, supported)
     if dtype != torch.float32 and (cast or held) == torch.float32 and _lacks_bfloat16(device):
         _say_slow()
-    model_config = LensModelConfig(config, variant)
+    mode = file.mode(quantization, device)
+    quantized = operations(cast or held) if file.layers(mode, device) else None
+    model_config = LensModelConfig(file.config, variant, quantized)
     model_config.set_inference_dtype(held, cast)
     model = LensModel(model_config, device="meta")
     model.device = offload_device
-    load_into(
+    file.load(
         model.diffusion_model,
-        checkpoint,
-        DENOISER,
         held,
-        structure=LensDenoiser(config, device="meta"),
-        read=host_reader(checkpoint),
+        mode=mode,
+        structure=LensDenoiser(file.config, device="meta"),
+        device=device,
+        read=host_reader(file.checkpoint),
         on_tensor=on_progress(),
     )
     patcher = patcher_class(disable_dynamic)(model, load_device=device, offload_device=offload_device)
     patcher.set_model_sampler_cfg_function(lens_cfg_function)
     patcher.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.SAMPLER_SAMPLE, "lens", sample_with_run)
     # How ComfyUI makes the same model anew for another device; 0: the first of what is returned.
-    patcher.cached_patcher_init = (load_model, (path, dtype), 0)
+    patcher.cached_patcher_init = (load_model, (path, dtype, mode), 0)
     return patcher, variant
 
 
-def _dtype_for(checkpoint: Checkpoint, device: torch.device, supported: list[torch.dtype]) -> torch.dtype:
+def _dtype_for(checkpoint: AnyCheckpoint, device: torch.device, supported: list[torch.dtype]) -> torch.dtype:
     """ComfyUI's choice for the GPU and its start flags, unless a flag asks for what Lens cannot do."""
     parameters = sum(torch.Size(info.shape).numel() for info in checkpoint.header.values())
     chosen = comfy.model_management.unet_dtype(device, parameters, supported, torch.bfloat16)

@@ -7,10 +7,10 @@ from collections.abc import Callable
 import comfy.utils
 from torch import Tensor
 
-from ...lens_core.weights import Checkpoint
+from ...lens_core.weights.loader import AnyCheckpoint
 
 
-def host_reader(checkpoint: Checkpoint) -> Callable[[str], Tensor]:
+def host_reader(checkpoint: AnyCheckpoint) -> Callable[[str], Tensor]:
     """Read tensors with ComfyUI's loader: with dynamic VRAM they then stream from the file.
 
     It opens files by their ending and would unpickle others, so those are read by ours.
