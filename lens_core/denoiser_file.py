@@ -1,4 +1,4 @@
-"""A denoiser's file or folder, opened and checked but not read; quantised or to be quantised as it is read."""
+"""A denoiser's file or folder, opened and checked but not read; quantised, or to be as it is read."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ class DenoiserFile:
 
 
 def _gpu(device: torch.device) -> tuple[int | None, tuple[int, int] | None, str]:
-    """Bytes of GPU memory that other programs leave (None: no GPU), an NVIDIA GPU's capability, and a name."""
+    """Bytes of GPU memory that other programs leave (None: unknown), an NVIDIA GPU's capability, its name."""
     if device.type == "cpu":
         return None, None, "the CPU"
     if device.type != "cuda":

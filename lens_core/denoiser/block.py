@@ -96,7 +96,7 @@ class JointAttention(nn.Module):
     def forward(
         self, streams: Sequence[Tensor], normed: Sequence[Inputs], shared: Shared, image_only: bool
     ) -> list[Tensor]:
-        """Norms of the streams [B, T, H] -> their updates; only the image's if no one will read the text's."""
+        """Norms of streams [B, T, H] -> the updates; only the image's if no one will read the text's."""
         qkv = _each(self.projections(), normed)
         pairs = ((self.norm_q, self.norm_k), (self.norm_added_q, self.norm_added_k))[: len(qkv)]
         norms = [HeadNorms(shared.weight_of(q, qkv[0]), shared.weight_of(k, qkv[0]), q.eps) for q, k in pairs]

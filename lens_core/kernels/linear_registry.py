@@ -1,5 +1,7 @@
 from __future__ import annotations
+
 import torch
+
 from .linear import EAGER_LINEAR, LinearKernels
 
 

@@ -17,6 +17,8 @@ from .layer_format import LayerFormat
 from .linear import Packed
 
 _LAYOUTS = {"mxfp8": "TensorCoreMXFP8Layout", "nvfp4": "TensorCoreNVFP4Layout"}
+# Of rows and columns; others are padded, which no layer of Lens needs.
+MULTIPLE = 32
 # Compute capability from which a GPU multiplies them.
 NEEDS = {"mxfp8": (10, 0), "nvfp4": (10, 0)}
 
@@ -37,7 +39,7 @@ def quantize(weight: Tensor, form: LayerFormat) -> Packed:
 
 
 def empty(size: tuple[int, int], form: LayerFormat) -> Packed:
-    """What ``quantize`` makes of a weight of ``size`` (N, K), without memory."""
+    """What ``quantize`` makes of a weight of ``size`` (N, K), multiples of ``MULTIPLE``, without memory."""
     rows, columns = size
 
     def meta(height: int, width: int, dtype: torch.dtype) -> Tensor:
@@ -47,9 +49,9 @@ def empty(size: tuple[int, int], form: LayerFormat) -> Packed:
     scales = _up(rows, 128), _up(columns // form.group, 4)
     if form.name == "nvfp4":
         factor = torch.empty((), device="meta")
-        values = meta(_up(rows, 16), _up(columns, 16) // 2, torch.uint8)
+        values = meta(rows, columns // 2, torch.uint8)
         return Packed(form, values, meta(*scales, torch.float8_e4m3fn), factor)
-    values = meta(_up(rows, 32), _up(columns, 32), torch.float8_e4m3fn)
+    values = meta(rows, columns, torch.float8_e4m3fn)
     return Packed(form, values, meta(*scales, torch.uint8))
 
 
@@ -64,7 +66,7 @@ def dequantize(packed: Packed, shape: tuple[int, int], dtype: torch.dtype) -> Te
 
 def linear(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
     """[B, T, N] of x [B, T, K]; inputs are quantised too where the GPU multiplies the format."""
-    weight = _tensor(packed, (packed.rows if bias is None else len(bias), x.shape[-1]), x.dtype)
+    weight = _tensor(packed, (packed.rows, x.shape[-1]), x.dtype)
     flat: Any = x.flatten(0, -2)
     if _native(packed.form, x.device):
         flat = type(weight).from_float(flat, _LAYOUTS[packed.form.name])

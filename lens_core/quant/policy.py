@@ -57,7 +57,9 @@ def is_quantized(layer: str) -> bool:
 
 
 def fits(size: tuple[int, int], form: LayerFormat) -> bool:
-    """Whether a weight of ``size`` (N, K) can be held in ``form``: groups are whole, bytes full."""
+    """Whether a weight of ``size`` (N, K) can be held in ``form``: whole groups, full bytes, no padding."""
+    if kitchen.has(form) and any(length % kitchen.MULTIPLE for length in size):
+        return False
     return size[1] % (form.group or 8 // form.bits) == 0
 
 

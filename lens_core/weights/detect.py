@@ -23,7 +23,7 @@ _LENS = r"(?:^|\.)transformer_blocks\.0\.attn\.img_qkv\.weight$"
 _KINDS: tuple[tuple[str, str], ...] = (
     ("a LoRA", r"\.(?:lora_down|lora_A|lora_up|lora_B|hada_w1_a|lokr_w1)(?:\.|$)"),
     ("a Lens denoiser quantised by SDNQ", r"transformer_blocks\.0\.attn\.img_qkv\.zero_point$"),
-    ("a quantised Lens denoiser (Comfy)", r"transformer_blocks\.0\.attn\.img_qkv\.comfy_quant$"),
+    ("a Lens denoiser quantised for ComfyUI", r"transformer_blocks\.0\.attn\.img_qkv\.comfy_quant$"),
     ("a Lens denoiser", _LENS),
     ("a GPT-OSS encoder in MXFP4", r"^(?:model\.)?layers\.0\.mlp\.experts\.gate_up_proj_blocks$"),
     (

@@ -138,10 +138,7 @@ def _as_they_are(
                 "read. Download it again."
             )
         infos.append(checkpoint.header[source[f"{layer}.{name}"]])
-    width = columns * form.bits // 8
-    shapes: tuple[Shape, ...] = ((rows, width),)
-    if form.group and form.name != AFFINE:  # padded to whole tiles
-        shapes = ((-(-rows // 32) * 32, -(-width // 16) * 16), *shapes)
+    shapes = ((rows, columns * form.bits // 8),)
     meta = [
         torch.empty(info.shape, dtype=DTYPES.get(info.dtype, torch.uint8), device="meta") for info in infos
     ]
@@ -235,7 +232,7 @@ def _gguf_layer(
 def _size(checkpoint: AnyCheckpoint, sizes: Mapping[str, Shape], layer: str) -> Shape:
     if layer not in sizes:
         raise CheckpointError(
-            f"{checkpoint.name} has a quantised layer {layer}, which Lens has not. Choose a file made for Lens."
+            f"{checkpoint.name} has a quantised layer {layer}, which Lens has not. Choose a file for Lens."
         )
     return sizes[layer]
 
