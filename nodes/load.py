@@ -4,6 +4,7 @@ import torch
 from comfy_api.latest import io
 
 from ..lens_core.config import PLACEMENTS
+from ..lens_core.quant.policy import CHOICES, NONE
 from .host import paths
 from .host.clip import load_clip
 from .host.model import load_model
@@ -47,6 +48,17 @@ class LensModelLoader(io.ComfyNode):
                         "float32. float16 is not offered: Lens overflows in it."
                     ),
                 ),
+                io.Combo.Input(
+                    "quantization",
+                    options=list(CHOICES),
+                    default=NONE,
+                    optional=True,
+                    tooltip=(
+                        "Makes the weights smaller as they load. auto: by the GPU's memory and generation; the "
+                        "log says what and why. *_dynamic (W8A8) is the fastest, 4 bits the smallest. none: as "
+                        "the file is. Modulation, norms and projections in and out are never quantised."
+                    ),
+                ),
             ],
             outputs=[
                 io.Model.Output(display_name="MODEL", tooltip="For LensSampler or any sampler."),
@@ -56,9 +68,10 @@ class LensModelLoader(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model_name: str, dtype: str) -> io.NodeOutput:
+    def execute(cls, model_name: str, dtype: str, quantization: str = NONE) -> io.NodeOutput:
         held = _DTYPES[one_of("dtype", dtype, _DTYPES)]
-        model, variant = load_model(paths.path_of("denoiser", model_name), held)
+        mode = one_of("quantization", quantization, CHOICES)
+        model, variant = load_model(paths.path_of("denoiser", model_name), held, mode)
         return io.NodeOutput(model, variant.steps, variant.cfg)
 
 

@@ -30,8 +30,8 @@ def choices(component: str) -> list[str]:
     """Combo options of a loader: single files, then folders."""
     files = folder_paths.get_filename_list(_HOST_FOLDER[component])
     singles = [name for name in files if not _SHARD.search(name)]
-    if component == "encoder":
-        singles += [name for name in _ggufs() if name not in singles]
+    if component != "vae":
+        singles += [name for name in _ggufs(component) if name not in singles]
     return singles + sorted(_folders(component))
 
 
@@ -69,9 +69,9 @@ def tokenizer_places() -> list[Path]:
     return [*encoders, *filter(Path.is_dir, inside), *(folder / "tokenizer" for folder in lens)]
 
 
-def _ggufs() -> list[str]:
-    """Names of GGUF files in models/text_encoders, which ComfyUI's own list leaves out."""
-    roots = folder_paths.get_folder_paths("text_encoders")
+def _ggufs(component: str) -> list[str]:
+    """Names of GGUF files in a component's folders, which ComfyUI's own list leaves out."""
+    roots = folder_paths.get_folder_paths(_HOST_FOLDER[component])
     names = (name for root in roots for name in folder_paths.recursive_search(root, [".git"])[0])
     return sorted({name for name in names if name.lower().endswith(".gguf")})
 

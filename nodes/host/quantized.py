@@ -155,13 +155,15 @@ def packed_of(weight: Any, form: LayerFormat) -> Packed:
 
 
 def form_of(layer: Any) -> LayerFormat | None:
-    """How a linear is quantised, if it computes with its weight as that is stored.
+    """How a linear is quantised, if it computes with its weight as that is stored, and here.
 
-    Not one whose forward another node has replaced, or whose weight is computed anew in each step.
+    Not one whose forward another node has replaced, or whose weight is computed anew in each step, or in a
+    format whose products are ComfyUI's.
     """
-    if getattr(layer, "form", None) is None or "forward" in vars(layer):
+    form = getattr(layer, "form", None)
+    if form is None or kitchen.has(form) or "forward" in vars(layer):
         return None
-    return None if layer.weight_function or layer.bias_function else layer.form
+    return None if layer.weight_function or layer.bias_function else form
 
 
 def _at_hand(layer: Any, device: torch.device) -> bool:
