@@ -6,7 +6,7 @@ most 24 significant bits together (Q6_K: 6 and 18), so their product is exact in
 zero point is rounded once, as GGUF's own formula is. Only a scale that is not finite, which no good file
 has, gives NaN where GGUF may have infinity.
 
-N rows, B blocks a row; all that follows runs on any device.
+N rows, B blocks a row.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def _q6_k(blocks: Tensor) -> Decoded:
     low, high, scales, factor = blocks.split((128, 64, 16, 2), dim=-1)
     numbers = _nibbles(low.unflatten(-1, (2, 64)))  # each half block: 128 numbers in 64 bytes
     upper = _bits(high.unflatten(-1, (2, 32)), range(0, 8, 2), 3).flatten(-2) << 4
-    scale = _halves(factor) * scales.clone(memory_format=torch.contiguous_format).view(torch.int8)
+    scale = _halves(factor) * scales.view(torch.int8)
     return (numbers | upper).flatten(-2), scale, -32 * scale
 
 
@@ -147,7 +147,7 @@ TYPES: dict[str, BlockType] = {
 
 def decode(raw: Tensor, kind: str) -> Decoded:
     """Rows u8 [N, bytes of a row] of the type ``kind`` -> numbers u8 [N, K], scale and zero fp32
-    [N, K / group]."""
+    [N, K / group], where the bytes are."""
     numbers, scale, zero = TYPES[kind].decode(raw.unflatten(-1, (-1, TYPES[kind].nbytes)))
     return numbers.flatten(-2), scale.flatten(-2), zero.flatten(-2)
 
