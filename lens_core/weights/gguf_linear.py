@@ -11,8 +11,6 @@ N rows, B blocks a row.
 
 from __future__ import annotations
 
-import logging
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -25,10 +23,8 @@ from ..quant.linear import Packed, pack_nibbles
 from .gguf import GgufCheckpoint
 from .tensor_info import DTYPES, TensorInfo
 
-log = logging.getLogger(__name__)
 # numbers u8 [N, B, block], scale fp32 [N, B, block / group], zero like scale
 Decoded = tuple[Tensor, Tensor, Tensor]
-_MODULATION = re.compile(r"\.(?:img|txt)_mod\.1$")
 
 
 @dataclass(frozen=True)
@@ -190,19 +186,3 @@ def gguf_layers(checkpoint: GgufCheckpoint, source: Mapping[str, str]) -> dict[s
             )
         layers[name.removesuffix(".weight")] = kind.form, info.dtype
     return layers
-
-
-def coarse_modulation(layers: Mapping[str, tuple[LayerFormat, str]]) -> list[str]:
-    """Modulation layers whose stored numbers (not how they are held) have fewer than 8 bits, of what
-    ``gguf_layers`` found; warns where there are any."""
-    coarse = [name for name, (_, kind) in layers.items() if _MODULATION.search(name) and TYPES[kind].bits < 8]
-    if coarse:
-        log.warning(
-            "%d modulation layers of this GGUF have fewer than 8 bits (the first is %s in %s): they set "
-            "shift, scale and gate of every token, and so coarse they can put a grid on pictures; choose "
-            "the q8_0 file, or another one with at least 8 bits there.",
-            len(coarse),
-            coarse[0],
-            layers[coarse[0]][1],
-        )
-    return coarse
