@@ -14,26 +14,33 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..quant import linear as quant
-from ..quant.layer_format import FLOAT8, INT8, LayerFormat
+from ..quant.layer_format import FLOAT8, INT8
 from ..quant.linear import Packed, QuantizedRows, rotate
 from .block import Inputs
+
+
+def _no_limit(packed: Packed) -> str | None:
+    return None
 
 
 @dataclass(frozen=True)
 class LinearKernels:
     """One backend's operations; signatures and meaning are those of the definitions.
 
-    ``multiply`` has the kinds of 8-bit numbers that it multiplies; the others are weight-only.
+    ``multiply`` has the kinds of 8-bit numbers that it multiplies; ``why_not`` gives the reason, in words,
+    why a layer whose inputs are to be quantised is weight-only here, and may report it.
     """
 
     name: str
     quantize_rows: Callable[[Tensor, str], QuantizedRows]
     unpack: Callable[[Packed, torch.dtype], Tensor]
     multiply: dict[str, Callable[[QuantizedRows, Packed, Tensor | None], Tensor]]
+    why_not: Callable[[Packed], str | None] = _no_limit
 
-    def inputs_of(self, form: LayerFormat) -> str | None:
-        """The kind that inputs of a layer in ``form`` are quantised to here, if they are."""
-        return form.inputs if form.inputs in self.multiply else None
+    def inputs_of(self, packed: Packed) -> str | None:
+        """The kind that inputs of a layer with this weight are quantised to here, if they are."""
+        kind = packed.form.inputs
+        return None if kind is None or self.why_not(packed) is not None else kind
 
 
 def multiply(x: QuantizedRows, packed: Packed, bias: Tensor | None) -> Tensor:
@@ -46,7 +53,7 @@ def linear(x: Inputs, packed: Packed, bias: Tensor | None, kernels: LinearKernel
     """[B, T, N] of inputs [B, T, K]; those that are quantised already are not turned by a rotation again."""
     if isinstance(x, Tensor):
         x = rotate(x, packed.form.rotation)
-        kind = kernels.inputs_of(packed.form)
+        kind = kernels.inputs_of(packed)
         if kind is not None:
             x = kernels.quantize_rows(x, kind)
     if isinstance(x, QuantizedRows):
@@ -55,6 +62,4 @@ def linear(x: Inputs, packed: Packed, bias: Tensor | None, kernels: LinearKernel
     return F.linear(x, kernels.unpack(packed, x.dtype), bias)
 
 
-EAGER_LINEAR = LinearKernels(
-    "torch", quant.quantize_rows, quant.unpack, {FLOAT8: multiply, INT8: multiply}
-)
+EAGER_LINEAR = LinearKernels("torch", quant.quantize_rows, quant.unpack, {FLOAT8: multiply, INT8: multiply})
