@@ -15,26 +15,33 @@ from torch import Tensor
 
 from ..quant import kitchen
 from ..quant import linear as quant
-from ..quant.layer_format import FLOAT8, INT8, LayerFormat
+from ..quant.layer_format import FLOAT8, INT8
 from ..quant.linear import Packed, QuantizedRows, rotate
 from .block import Inputs
+
+
+def _no_limit(packed: Packed) -> str | None:
+    return None
 
 
 @dataclass(frozen=True)
 class LinearKernels:
     """One backend's operations; signatures and meaning are those of the definitions.
 
-    ``multiply`` has the kinds of 8-bit numbers that it multiplies; the others are weight-only.
+    ``multiply`` has the kinds of 8-bit numbers that it multiplies; ``why_not`` gives the reason, in words,
+    why a layer whose inputs are to be quantised is weight-only here, and may report it.
     """
 
     name: str
     quantize_rows: Callable[[Tensor, str], QuantizedRows]
     unpack: Callable[[Packed, torch.dtype], Tensor]
     multiply: dict[str, Callable[[QuantizedRows, Packed, Tensor | None], Tensor]]
+    why_not: Callable[[Packed], str | None] = _no_limit
 
-    def inputs_of(self, form: LayerFormat) -> str | None:
-        """The kind that inputs of a layer in ``form`` are quantised to here, if they are."""
-        return form.inputs if form.inputs in self.multiply else None
+    def inputs_of(self, packed: Packed) -> str | None:
+        """The kind that inputs of a layer with this weight are quantised to here, if they are."""
+        kind = packed.form.inputs
+        return None if kind is None or self.why_not(packed) is not None else kind
 
 
 def multiply(x: QuantizedRows, packed: Packed, bias: Tensor | None) -> Tensor:
@@ -49,7 +56,7 @@ def linear(x: Inputs, packed: Packed, bias: Tensor | None, kernels: LinearKernel
         if kitchen.has(packed.form):
             return kitchen.linear(x, packed, bias)
         x = rotate(x, packed.form.rotation)
-        kind = kernels.inputs_of(packed.form)
+        kind = kernels.inputs_of(packed)
         if kind is not None:
             x = kernels.quantize_rows(x, kind)
     if isinstance(x, QuantizedRows):

@@ -1,0 +1,39 @@
+"""8-bit numbers with a scale for each row, made where the row is in registers."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def store_quantized(x, values, scales, at, row, ok, row_ok):
+    """Rows x [R, C] in fp32, zero where they are not ``ok``: nearest 8-bit numbers to ``values + at``, and
+    what these are to be multiplied by to ``scales + row`` [R, 1].
+
+    Nothing has to be clamped: a row's largest number becomes the kind's largest but for the last bit of
+    fp32, which rounds away. NaN in a whole row comes back as its scale.
+    """
+    integers: tl.constexpr = values.dtype.element_ty == tl.int8
+    largest: tl.constexpr = 127.0 if integers else 448.0
+    top = tl.maximum(tl.max(tl.abs(x), 1), 1e-12, propagate_nan=tl.PropagateNan.ALL)[:, None]
+    scale = tl.div_rn(top, largest)
+    tl.store(scales + row, scale, mask=row_ok)
+    scaled = x * tl.div_rn(1.0, scale)
+    if integers:
+        # Beside 1.5 * 2^23 fp32 counts in ones: the sum is rounded to nearest even, its low byte the number.
+        number = (scaled + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
+    else:
+        number = scaled.to(tl.float8e4nv)
+    tl.store(values + at, number, mask=ok)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def quantize_rows(x, values, scales, rows, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    """x [rows, WIDTH]; a program sees whole rows."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.arange(0, BLOCK)[None, :]
+    ok = (row < rows) & (column < WIDTH)
+    at = row * WIDTH + column
+    wide = tl.load(x + at, mask=ok, other=0).to(tl.float32)
+    store_quantized(wide, values, scales, at, row, ok, row < rows)
