@@ -53,12 +53,16 @@ class Shared:
     bounded: Collection[JointAttention] = ()
     text_queries: bool = False
 
-    def kind(self, *layers: nn.Module) -> str | None:
+    def kind(self, *layers: Any) -> str | None:
         """What the inputs of all these linears are to be quantised to, if they agree on it."""
-        forms = [self.form_of(layer) for layer in layers]
-        if forms[0] is None or forms[0].rotation or any(form != forms[0] for form in forms[1:]):
+        kinds = {self._kind(layer) for layer in layers}
+        return kinds.pop() if len(kinds) == 1 else None
+
+    def _kind(self, layer: Any) -> str | None:
+        form = self.form_of(layer)
+        if form is None or form.rotation:
             return None
-        return self.linears.inputs_of(forms[0])
+        return self.linears.inputs_of(form, (layer.out_features, layer.in_features))
 
 
 class SwiGLU(nn.Module):

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from ..quant import kitchen
 from ..quant import linear as quant
-from ..quant.layer_format import FLOAT8, INT8
+from ..quant.layer_format import FLOAT8, INT8, LayerFormat
 from ..quant.linear import Packed, QuantizedRows, rotate
 from .block import Inputs
 
 
-def _no_limit(packed: Packed) -> str | None:
+def _no_limit(form: LayerFormat, size: tuple[int, int]) -> str | None:
     return None
 
 
@@ -36,12 +36,11 @@ class LinearKernels:
     quantize_rows: Callable[[Tensor, str], QuantizedRows]
     unpack: Callable[[Packed, torch.dtype], Tensor]
     multiply: dict[str, Callable[[QuantizedRows, Packed, Tensor | None], Tensor]]
-    why_not: Callable[[Packed], str | None] = _no_limit
+    why_not: Callable[[LayerFormat, tuple[int, int]], str | None] = _no_limit
 
-    def inputs_of(self, packed: Packed) -> str | None:
-        """The kind that inputs of a layer with this weight are quantised to here, if they are."""
-        kind = packed.form.inputs
-        return None if kind is None or self.why_not(packed) is not None else kind
+    def inputs_of(self, form: LayerFormat, size: tuple[int, int]) -> str | None:
+        """The kind that inputs of a layer of ``size`` (N, K) in ``form`` are quantised to here, if they are."""
+        return None if form.inputs is None or self.why_not(form, size) is not None else form.inputs
 
 
 def multiply(x: QuantizedRows, packed: Packed, bias: Tensor | None) -> Tensor:
@@ -56,7 +55,7 @@ def linear(x: Inputs, packed: Packed, bias: Tensor | None, kernels: LinearKernel
         if kitchen.has(packed.form):
             return kitchen.linear(x, packed, bias)
         x = rotate(x, packed.form.rotation)
-        kind = kernels.inputs_of(packed)
+        kind = kernels.inputs_of(packed.form, (packed.rows, x.shape[-1]))
         if kind is not None:
             x = kernels.quantize_rows(x, kind)
     if isinstance(x, QuantizedRows):

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from ..quant import linear as quant
 from ..quant.layer_format import FLOAT8, INT8, LayerFormat, affine4, float8, int8
-from ..quant.linear import Packed
 from . import backend
 from .linear import EAGER_LINEAR, LinearKernels, multiply
 from .scaled_mm import multiply_float8, why_not_multiply_float8
@@ -65,12 +64,14 @@ def _limit(kind: str, device: torch.device, dtype: torch.dtype) -> str | None:
     return reason
 
 
-def _why_not(packed: Packed, device: torch.device, dtype: torch.dtype) -> str | None:
-    """``why_not`` of a layer, its sizes included; each reason is logged once."""
-    kind = packed.form.inputs or ""
+def _why_not(
+    form: LayerFormat, size: tuple[int, int], device: torch.device, dtype: torch.dtype
+) -> str | None:
+    """``why_not`` of a layer of ``size`` (N, K); each reason is logged once."""
+    kind = form.inputs or ""
     reason = why_not(kind, device, dtype)
     if reason is None:
-        reason = why_not_multiply_float8(packed) if kind == FLOAT8 else _why_not_int8()(packed)
+        reason = why_not_multiply_float8(*size) if kind == FLOAT8 else _why_not_int8()(*size)
     if reason is not None:
         _say_once(kind, dtype, reason)
     return reason
@@ -90,7 +91,7 @@ def triton_linear_kernels() -> LinearKernels:
     return LinearKernels("triton", launch.quantize_rows, launch.unpack, {INT8: launch.multiply})
 
 
-def _why_not_int8() -> Callable[[Packed], str | None]:
+def _why_not_int8() -> Callable[[int, int], str | None]:
     from .triton.linear_launch import why_not_multiply
 
     return why_not_multiply

@@ -8,11 +8,8 @@ from torch import Tensor
 from ..quant.linear import Packed, QuantizedRows
 
 
-def why_not_multiply_float8(packed: Packed) -> str | None:
-    """The limit that a weight [N, K] does not meet, in words."""
-    rows, columns = packed.values.shape
-    if packed.values.dtype != torch.float8_e4m3fn:
-        return f"a weight is {str(packed.values.dtype).removeprefix('torch.')}, not float8_e4m3fn"
+def why_not_multiply_float8(rows: int, columns: int) -> str | None:
+    """The limit that a weight [rows, columns] does not meet, in words."""
     if rows % 16 or columns % 16:
         return f"a layer has {columns} inputs and {rows} outputs, no multiples of 16"
     return None

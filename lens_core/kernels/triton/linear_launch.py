@@ -95,9 +95,8 @@ def unpack(packed: Packed, dtype: torch.dtype) -> Tensor:
     return out
 
 
-def why_not_multiply(packed: Packed) -> str | None:
-    """The limit that a weight [N, K] does not meet, in words."""
-    rows, columns = packed.values.shape
+def why_not_multiply(rows: int, columns: int) -> str | None:
+    """The limit that a weight [rows, columns] does not meet, in words."""
     if columns % _ALIGNED or 2 * rows % _ALIGNED:
         return f"a layer has {columns} inputs and {rows} outputs, no multiples of 16 and 8"
     return None
