@@ -50,13 +50,15 @@ def unpack(
     else:
         byte = tl.load(values + chunk * WIDTH + tl.arange(0, WIDTH)[None, :], mask=ok, other=0)
         number = byte.to(tl.float32) if MANTISSA == 0 else _float8(byte, MANTISSA)
-    # One number a chunk, not one for each of its numbers: a column [CHUNKS, 1] would be read WIDTH times.
+    # By ``index``: each number of a column [CHUNKS, 1] would be read many times.
     if PER == 0:
         number *= tl.load(scale).to(tl.float32)
+        if ZERO:
+            number += tl.load(zero).to(tl.float32)
     else:
         number *= tl.load(scale + index // PER, mask=index < chunks, other=0).to(tl.float32)[:, None]
-    if ZERO:
-        number += tl.load(zero + index // PER, mask=index < chunks, other=0).to(tl.float32)[:, None]
+        if ZERO:
+            number += tl.load(zero + index // PER, mask=index < chunks, other=0).to(tl.float32)[:, None]
     at = chunk * WIDTH + tl.arange(0, WIDTH)[None, :]
     tl.store(out + at, number.to(out.dtype.element_ty), mask=ok)
 
