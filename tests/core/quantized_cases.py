@@ -56,15 +56,13 @@ def exact(packed: Packed, numbers: Tensor | None) -> Tensor:
 def assert_nearest(rows: QuantizedRows, want: Tensor, kind: str, slack: float) -> None:
     """Rows are the nearest numbers of ``kind`` to fp64 ``want`` with the scale that this gives; ``slack`` is
     what was rounded before, relative to a row's largest."""
-    top = want.abs().amax(-1, keepdim=True)
+    top = want.abs().amax(-1, keepdim=True).clamp_min(1e-12)
     assert rows.scale.dtype == torch.float32 and rows.values.shape == want.shape
     assert rows.scale.shape == (*want.shape[:-1], 1)
     assert ((rows.scale * LARGEST[kind] - top).abs() <= top * (slack + 1e-6)).all()
     step = rows.scale.double()
     error = (rows.values.double() * step - want).abs()
-    if kind == "int8":
-        half = step / 2
-    else:  # 3 bits behind the first, and 2^-9 the smallest number
-        half = torch.maximum(want.abs() / 16, step * 2**-10)
+    # float8 has 3 bits behind the first, and its smallest number is 2^-9.
+    half = step / 2 if kind == "int8" else torch.maximum(want.abs() / 16, step * 2**-10)
     # fp32 itself rounds a product by 2^-24 of the row's largest, which is where two numbers are as near.
     assert (error <= half * (1 + 1e-6) + top * (slack + 1e-6)).all()
