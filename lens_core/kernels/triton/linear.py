@@ -41,7 +41,8 @@ def unpack(
 ):  # fmt: skip
     """A weight as ``chunks`` of WIDTH numbers, of which PER (0: all) share a scale and, with ZERO, a zero
     point. Their integers are signed where there is none, or floats of MANTISSA bits (0: they are not)."""
-    chunk = tl.program_id(0) * CHUNKS + tl.arange(0, CHUNKS)[:, None]
+    index = tl.program_id(0) * CHUNKS + tl.arange(0, CHUNKS)
+    chunk = index[:, None]
     ok = chunk < chunks
     if BITS == 4:
         byte = tl.load(values + chunk * (WIDTH // 2) + tl.arange(0, WIDTH // 2)[None, :], mask=ok, other=0)
@@ -49,12 +50,15 @@ def unpack(
     else:
         byte = tl.load(values + chunk * WIDTH + tl.arange(0, WIDTH)[None, :], mask=ok, other=0)
         number = byte.to(tl.float32) if MANTISSA == 0 else _float8(byte, MANTISSA)
+    # By ``index``: each number of a column [CHUNKS, 1] would be read many times.
     if PER == 0:
         number *= tl.load(scale).to(tl.float32)
+        if ZERO:
+            number += tl.load(zero).to(tl.float32)
     else:
-        number *= tl.load(scale + chunk // PER, mask=ok, other=0).to(tl.float32)
-    if ZERO:
-        number += tl.load(zero + chunk // PER, mask=ok, other=0).to(tl.float32)
+        number *= tl.load(scale + index // PER, mask=index < chunks, other=0).to(tl.float32)[:, None]
+        if ZERO:
+            number += tl.load(zero + index // PER, mask=index < chunks, other=0).to(tl.float32)[:, None]
     at = chunk * WIDTH + tl.arange(0, WIDTH)[None, :]
     tl.store(out + at, number.to(out.dtype.element_ty), mask=ok)
 

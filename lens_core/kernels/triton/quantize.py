@@ -12,12 +12,14 @@ def store_quantized(x, values, scales, at, row, ok, row_ok):
     what these are to be multiplied by to ``scales + row`` [R, 1].
 
     Nothing has to be clamped: a row's largest number becomes the kind's largest but for the last bit of
-    fp32, which rounds away. NaN in a whole row comes back as its scale.
+    fp32, which rounds away. The bits of positive floats are in the numbers' order, and those of NaN above
+    all: one in a row is its scale.
     """
     integers: tl.constexpr = values.dtype.element_ty == tl.int8
     largest: tl.constexpr = 127.0 if integers else 448.0
-    top = tl.maximum(tl.max(tl.abs(x), 1), 1e-12, propagate_nan=tl.PropagateNan.ALL)[:, None]
-    scale = tl.div_rn(top, largest)
+    top = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1).to(tl.float32, bitcast=True)
+    top = tl.maximum(top, 1e-12, propagate_nan=tl.PropagateNan.ALL)
+    scale = tl.div_rn(top[:, None], largest)
     tl.store(scales + row, scale, mask=row_ok)
     scaled = x * tl.div_rn(1.0, scale)
     if integers:
