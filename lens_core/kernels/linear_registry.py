@@ -101,14 +101,15 @@ def difference(device: torch.device, dtype: torch.dtype) -> float:
     """The largest relative L2 between the backends' unpacked weights and quantised rows, on the same input
     at the published model's widths, so that what is compiled here serves there too."""
     generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(96, 1536, generator=generator).to(device)
-    weights = [quant.quantize(weight, form) for form in (float8, int8, affine4)]
-    x = torch.randn(2, 37, 1536, generator=generator).to(device, dtype)
+    pair = torch.randn(2, 96, 1536, generator=generator).to(device)
+    weights = [[quant.quantize(weight, form) for weight in pair] for form in (float8, int8, affine4)]
+    streams = [torch.randn(2, tokens, 1536, generator=generator).to(device, dtype) for tokens in (37, 5)]
     kinds = [INT8] if backend.why_no_float8(device) else [INT8, FLOAT8]
 
     def run(kernels: LinearKernels) -> tuple[Tensor, ...]:
-        rows = (quant.dequantize_rows(kernels.quantize_rows(x, kind)) for kind in kinds)
-        return (*(kernels.unpack(packed, dtype) for packed in weights), *rows)
+        rows = (kernels.quantize_rows(streams, kind) for kind in kinds)
+        unpacked = (weight for pair in weights for weight in kernels.unpack(pair, dtype))
+        return (*unpacked, *(quant.dequantize_rows(x) for pair in rows for x in pair))
 
     return backend.apart(run(triton_linear_kernels()), run(EAGER_LINEAR))
 
@@ -118,15 +119,17 @@ def product_difference(kind: str, device: torch.device, dtype: torch.dtype) -> f
     of so many that every tile is used, with one scale for the weight or one for each of its rows."""
     generator = torch.Generator().manual_seed(0)
     form: LayerFormat = {INT8: int8, FLOAT8: float8}[kind]
-    weight = torch.randn(1536, 1536, generator=generator).to(device)
-    packed = quant.quantize(weight, form)
-    other = packed._replace(scale=packed.scale.new_full((1536, 1) if form is float8 else (), 0.01))
-    bias = torch.randn(1536, generator=generator).to(device, dtype)
+    weights = torch.randn(2, 1536, 1536, generator=generator).to(device)
+    biases = torch.randn(2, 1536, generator=generator).to(device, dtype)
     run = multiply_float8 if kind == FLOAT8 else triton_linear_kernels().multiply[kind]
+    pairs = [quant.quantize(weight, form) for weight in weights]
+    scale = pairs[0].scale.new_full((1536, 1) if form is float8 else (), 0.01)
+    others = [packed._replace(scale=scale) for packed in pairs]
     some = torch.randn(200, 1536, generator=generator).to(device, dtype)
     errors = []
     for repeats in (1, 10, 30):
-        x = quant.quantize_rows(some.repeat(repeats, 1)[None], kind)
-        for layer, added in ((packed, bias), (other, None)):
-            errors.append(backend.apart(run(x, layer, added), multiply(x, layer, added)))
+        streams = [quant.quantize_rows(x[None], kind) for x in (some.repeat(repeats, 1), some[:37])]
+        for layers, added in ((pairs, [*biases]), (others, [None, None])):
+            got, want = run(streams, layers, added), multiply(streams, layers, added)
+            errors.append(backend.apart(tuple(got), tuple(want)))
     return max(errors)

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..quant.linear import Packed, QuantizedRows
+from .linear import Biases
+
+# A weight's scale for each of its columns, for as long as the weight's own scale lives.
+_columns = WeakTensorKeyDictionary()
 
 
 def why_not_multiply_float8(rows: int, columns: int) -> str | None:
@@ -15,20 +22,35 @@ def why_not_multiply_float8(rows: int, columns: int) -> str | None:
     return None
 
 
-def multiply_float8(x: QuantizedRows, packed: Packed, bias: Tensor | None) -> Tensor:
-    """[..., N] in bf16 of float8 x [..., K] and a weight that ``why_not_multiply_float8`` lets pass.
+def multiply_float8(
+    streams: Sequence[QuantizedRows], weights: Sequence[Packed], biases: Biases
+) -> list[Tensor]:
+    """[B, T, N] in bf16 of float8 streams [B, T, K] and weights that ``why_not_multiply_float8`` lets pass.
 
     ``use_fast_accum`` leaves the sums to the matrix units, which keep fewer bits than fp32, but far more
     than the factors have.
     """
-    scale = packed.scale.float().reshape(1, -1).expand(1, packed.rows).contiguous()
+    return [_product(*layer) for layer in zip(streams, weights, biases, strict=True)]
+
+
+def _product(x: QuantizedRows, packed: Packed, bias: Tensor | None) -> Tensor:
+    columns = packed.values.shape[1]
     out = torch._scaled_mm(
-        x.values.flatten(0, -2).contiguous(),
-        packed.values.contiguous().t(),
-        scale_a=x.scale.reshape(-1, 1).contiguous(),
-        scale_b=scale,
-        bias=None if bias is None else bias.bfloat16(),
+        x.values.view(-1, columns),
+        packed.values.t(),
+        scale_a=x.scale.view(-1, 1),
+        scale_b=_column_scale(packed),
+        bias=None if bias is None else bias.to(torch.bfloat16),
         out_dtype=torch.bfloat16,
         use_fast_accum=True,
     )
-    return out.unflatten(0, x.shape[:-1])
+    return out.view(*x.values.shape[:-1], -1)
+
+
+def _column_scale(packed: Packed) -> Tensor:
+    """fp32 [1, N]. Made once: a scale is not written over, a changed weight has another."""
+    found = _columns.get(packed.scale)
+    if found is None:
+        found = packed.scale.float().reshape(1, -1).expand(1, packed.rows).contiguous()
+        _columns[packed.scale] = found
+    return found

@@ -1,15 +1,14 @@
 """Quantised weights unpacked, and products of 8-bit integers.
 
-The number of tokens is not specialised, so that nothing is compiled again for another picture; a layer's
-sizes are constants.
+Each kernel takes the image's and the text's layer in one launch (the first programs are the image's). The
+number of tokens is not specialised, so that nothing is compiled again for another picture; a layer's sizes
+are constants.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
-
-from .experts import INTERPRETED
 
 
 @triton.jit
@@ -34,14 +33,13 @@ def _nibbles(byte, SIGNED: tl.constexpr):
 
 
 @triton.jit
-def unpack(
-    values, scale, zero, out, chunks,
+def _unpacked(
+    values, scale, zero, out, program, chunks,
     WIDTH: tl.constexpr, PER: tl.constexpr, BITS: tl.constexpr, MANTISSA: tl.constexpr, ZERO: tl.constexpr,
     CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """A weight as ``chunks`` of WIDTH numbers, of which PER (0: all) share a scale and, with ZERO, a zero
-    point. Their integers are signed where there is none, or floats of MANTISSA bits (0: they are not)."""
-    index = tl.program_id(0) * CHUNKS + tl.arange(0, CHUNKS)
+    """Some chunks of one weight."""
+    index = program * CHUNKS + tl.arange(0, CHUNKS)
     chunk = index[:, None]
     ok = chunk < chunks
     if BITS == 4:
@@ -61,6 +59,25 @@ def unpack(
             number += tl.load(zero + index // PER, mask=index < chunks, other=0).to(tl.float32)[:, None]
     at = chunk * WIDTH + tl.arange(0, WIDTH)[None, :]
     tl.store(out + at, number.to(out.dtype.element_ty), mask=ok)
+
+
+@triton.jit
+def unpack(
+    img, img_scale, img_zero, img_out, txt, txt_scale, txt_zero, txt_out, chunks,
+    WIDTH: tl.constexpr, PER: tl.constexpr, BITS: tl.constexpr, MANTISSA: tl.constexpr, ZERO: tl.constexpr,
+    CHUNKS: tl.constexpr,
+):  # fmt: skip
+    """Weights of ``chunks`` of WIDTH numbers each, of which PER (0: all) share a scale and, with ZERO, a zero
+    point. Their integers are signed where there is none, or floats of MANTISSA bits (0: they are not)."""
+    program = tl.program_id(0)
+    if tl.program_id(1) == 0:
+        _unpacked(
+            img, img_scale, img_zero, img_out, program, chunks, WIDTH, PER, BITS, MANTISSA, ZERO, CHUNKS
+        )
+    else:
+        _unpacked(
+            txt, txt_scale, txt_zero, txt_out, program, chunks, WIDTH, PER, BITS, MANTISSA, ZERO, CHUNKS
+        )
 
 
 @triton.jit
@@ -90,14 +107,14 @@ def _scaled(
     return out
 
 
-@triton.jit(do_not_specialize=["M"])
-def multiply(
-    x, weight, out, row_scale, column_scale, bias, M,
+@triton.jit
+def _product(
+    x, weight, out, row_scale, column_scale, bias, index, M,
     N: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     GROUP: tl.constexpr, STAGES: tl.constexpr, ONE_SCALE: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
-    """int8 x [M, K] and weight [N, K] -> out [M, N]; one tile a program."""
-    tile_row, tile_column = _tile(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BN), GROUP)
+    """One tile of one stream: int8 x [M, K] and weight [N, K] -> out [M, N]."""
+    tile_row, tile_column = _tile(index, tl.cdiv(M, BM), tl.cdiv(N, BN), GROUP)
     row, column = tile_row * BM + tl.arange(0, BM), tile_column * BN + tl.arange(0, BN)
     lane = tl.arange(0, BK)
     # Beyond the edges the first rows are read again, and nothing is stored.
@@ -118,45 +135,23 @@ def multiply(
     tl.store(at, result.to(out.dtype.element_ty), mask=(row < M)[:, None] & (column < N)[None, :])
 
 
-@triton.jit
-def _described_tile(
-    x, weight, out, row_scale, column_scale, bias, M, index,
+@triton.jit(do_not_specialize=["img_rows", "txt_rows"])
+def multiply(
+    img, img_weight, img_out, img_row_scale, img_column_scale, img_bias,
+    txt, txt_weight, txt_out, txt_row_scale, txt_column_scale, txt_bias, img_rows, txt_rows,
     N: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     GROUP: tl.constexpr, STAGES: tl.constexpr, ONE_SCALE: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
-    tile_row, tile_column = _tile(index, tl.cdiv(M, BM), tl.cdiv(N, BN), GROUP)
-    total = tl.zeros((BM, BN), tl.int32)
-    for k in tl.range(0, K, BK, num_stages=STAGES):
-        a, b = x.load([tile_row * BM, k]), weight.load([tile_column * BN, k])
-        total = tl.dot(a, b.T, total, out_dtype=tl.int32)
-    row, column = tile_row * BM + tl.arange(0, BM), tile_column * BN + tl.arange(0, BN)
-    result = _scaled(total, row_scale, column_scale, bias, row, column, M, N, ONE_SCALE, BIAS)
-    out.store([tile_row * BM, tile_column * BN], result.to(out.dtype))
-
-
-@triton.jit(do_not_specialize=["M"])
-def multiply_hopper(
-    x, weight, out, row_scale, column_scale, bias, M,
-    N: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    GROUP: tl.constexpr, STAGES: tl.constexpr, ONE_SCALE: tl.constexpr, BIAS: tl.constexpr,
-    PROGRAMS: tl.constexpr,
-):  # fmt: skip
-    """The same through tensor descriptors, which read zeros beyond the edges and store nothing there.
-
-    PROGRAMS take tiles in turn, and load one's first numbers while the one before is stored.
-    """
-    first = tl.program_id(0)
-    tiles = tl.cdiv(M, BM) * tl.cdiv(N, BN)
-    if INTERPRETED:  # it has no ranges over what is only known at run time
-        while first < tiles:
-            _described_tile(
-                x, weight, out, row_scale, column_scale, bias, M, first,
-                N, K, BM, BN, BK, GROUP, STAGES, ONE_SCALE, BIAS,
-            )  # fmt: skip
-            first += PROGRAMS
+    """int8 streams [rows, K] and their weights [N, K] -> [rows, N]; one tile a program."""
+    index = tl.program_id(0)
+    image_tiles = tl.cdiv(img_rows, BM) * tl.cdiv(N, BN)
+    if index < image_tiles:
+        _product(
+            img, img_weight, img_out, img_row_scale, img_column_scale, img_bias, index, img_rows,
+            N, K, BM, BN, BK, GROUP, STAGES, ONE_SCALE, BIAS,
+        )  # fmt: skip
     else:
-        for index in tl.range(first, tiles, PROGRAMS, flatten=True):
-            _described_tile(
-                x, weight, out, row_scale, column_scale, bias, M, index,
-                N, K, BM, BN, BK, GROUP, STAGES, ONE_SCALE, BIAS,
-            )  # fmt: skip
+        _product(
+            txt, txt_weight, txt_out, txt_row_scale, txt_column_scale, txt_bias, index - image_tiles,
+            txt_rows, N, K, BM, BN, BK, GROUP, STAGES, ONE_SCALE, BIAS,
+        )  # fmt: skip

@@ -1,22 +1,24 @@
 """The Triton kernels of quantised linears under the names and signatures of their definitions.
 
 Limits of ``unpack``: 2^31 numbers, groups of an even size in 4 bits; of ``multiply``: ``why_not_multiply``.
+Where there is no text, the image's tensors stand in for the text's, with nothing to touch.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...quant import linear as quant
 from ...quant.linear import Packed, QuantizedRows
 from .. import backend
+from ..linear import Biases
+from ..linear import unpack as plain_unpack
 from . import linear, quantize
 
 # 2 rows by 8 warps read and write at the memory's speed in the denoiser's norms, which do the same.
@@ -26,7 +28,7 @@ _NUMBERS, _NUMBER_WARPS = 4096, 4
 _LONGEST_CHUNK = 512
 _MANTISSA = {torch.float8_e4m3fn: 3, torch.float8_e5m2: 2}
 _GROUP = 8  # tiles in a column that run together and share its weights
-_ALIGNED = 16  # bytes of a tensor descriptor's base and strides, and of the widest loads
+_ALIGNED = 16  # bytes of the widest loads, which rows must begin at
 
 
 class Tile(NamedTuple):
@@ -45,17 +47,18 @@ def empty_rows(x: Tensor, kind: str) -> QuantizedRows:
     return QuantizedRows(values, x.new_empty(*x.shape[:-1], 1, dtype=torch.float32), x.dtype)
 
 
-def quantize_rows(x: Tensor, kind: str) -> QuantizedRows:
-    """See ``quant.linear.quantize_rows``; float8 on GPUs that convert to it."""
-    x = x.contiguous()
-    width = x.shape[-1]
-    rows = x.numel() // width
-    out = empty_rows(x, kind)
-    quantize.quantize_rows[(triton.cdiv(rows, _ROWS),)](
-        x,
-        out.values,
-        out.scale,
-        rows,
+def quantize_rows(streams: Sequence[Tensor], kind: str) -> list[QuantizedRows]:
+    """See ``kernels.linear.quantize_rows``; float8 on GPUs that convert to it."""
+    streams = [x.contiguous() for x in streams]
+    out = [empty_rows(x, kind) for x in streams]
+    width = streams[0].shape[-1]
+    counts = [x.numel() // width for x in streams]
+    img, txt = out[0], out[-1]
+    quantize.quantize_rows[(sum(triton.cdiv(count, _ROWS) for count in counts),)](
+        *(streams[0], img.values, img.scale),
+        *(streams[-1], txt.values, txt.scale),
+        counts[0],
+        counts[1] if len(counts) == 2 else 0,
         WIDTH=width,
         BLOCK=triton.next_power_of_2(width),
         ROWS=_ROWS,
@@ -64,106 +67,98 @@ def quantize_rows(x: Tensor, kind: str) -> QuantizedRows:
     return out
 
 
-def unpack(packed: Packed, dtype: torch.dtype) -> Tensor:
-    """See ``quant.linear.unpack``."""
-    form, values, scale, zero = packed
-    columns = values.shape[1] * 8 // form.bits
-    # Numbers that share a scale, in chunks of a power of two.
-    shared = packed.rows * columns // scale.numel()
-    width = min(shared & -shared, _LONGEST_CHUNK)
-    if form.bits == 4 and width == 1:
-        return quant.unpack(packed, dtype)
-    mantissa = _MANTISSA.get(values.dtype, 0)
-    signed_bytes = form.bits == 8 and not mantissa
-    out = torch.empty(packed.rows, columns, dtype=dtype, device=values.device)
-    chunks = out.numel() // width
-    programs = triton.cdiv(out.numel(), _NUMBERS)
-    linear.unpack[(programs,)](
-        values.contiguous() if signed_bytes else values.contiguous().view(torch.uint8),
-        scale.contiguous(),
-        scale if zero is None else zero.contiguous(),
-        out,
-        chunks,
-        WIDTH=width,
-        PER=0 if scale.numel() == 1 else shared // width,
-        BITS=form.bits,
-        MANTISSA=mantissa,
-        ZERO=zero is not None,
-        CHUNKS=_NUMBERS // width,
-        num_warps=_NUMBER_WARPS,
+def unpack(weights: Sequence[Packed], dtype: torch.dtype) -> list[Tensor]:
+    """See ``kernels.linear.unpack``; weights alike in format and size."""
+    form, values, scale, zero = weights[0]
+    rows, columns = values.shape[0], values.shape[1] * 8 // form.bits
+    options = _unpacking(rows, columns, form.bits, scale.numel(), values.dtype, zero is not None)
+    if options is None:
+        return plain_unpack(weights, dtype)
+    out = [torch.empty(rows, columns, dtype=dtype, device=values.device) for _ in weights]
+    img, txt = (
+        (_bytes(packed), packed.scale, packed.scale if packed.zero is None else packed.zero, result)
+        for packed, result in ((weights[0], out[0]), (weights[-1], out[-1]))
     )
+    programs = triton.cdiv(rows * columns, _NUMBERS)
+    chunks = rows * columns // options["WIDTH"]
+    linear.unpack[(programs, len(weights))](*img, *txt, chunks, num_warps=_NUMBER_WARPS, **options)
     return out
+
+
+def _bytes(packed: Packed) -> Tensor:
+    return packed.values if packed.values.dtype == torch.int8 else packed.values.view(torch.uint8)
+
+
+@cache
+def _unpacking(
+    rows: int, columns: int, bits: int, scales: int, dtype: torch.dtype, zero: bool
+) -> dict[str, Any] | None:
+    """Constants of ``linear.unpack``: numbers that share a scale, in chunks of a power of two."""
+    shared = rows * columns // scales
+    width = min(shared & -shared, _LONGEST_CHUNK)
+    if bits == 4 and width == 1:
+        return None
+    return {
+        "WIDTH": width,
+        "PER": 0 if scales == 1 else shared // width,
+        "BITS": bits,
+        "MANTISSA": _MANTISSA.get(dtype, 0),
+        "ZERO": zero,
+        "CHUNKS": _NUMBERS // width,
+    }
 
 
 def why_not_multiply(rows: int, columns: int) -> str | None:
     """The limit that a weight [rows, columns] does not meet, in words."""
-    if columns % _ALIGNED or 2 * rows % _ALIGNED:
-        return f"a layer has {columns} inputs and {rows} outputs, no multiples of 16 and 8"
+    if columns % _ALIGNED:
+        return f"a layer has {columns} inputs, no multiple of {_ALIGNED}"
     return None
 
 
-def multiply(x: QuantizedRows, packed: Packed, bias: Tensor | None) -> Tensor:
-    """[..., N] of int8 x [..., K] and a weight that ``why_not_multiply`` lets pass."""
-    values = aligned(x.values.flatten(0, -2))
-    m, k = values.shape
-    n = packed.rows
-    out = torch.empty(*x.shape[:-1], n, dtype=x.dtype, device=x.device)
-    hopper = on_hopper(x.device)
-    tile = choose_tile(m, n, multiprocessors(x.device), hopper)
-    tiles = triton.cdiv(m, tile.rows) * triton.cdiv(n, tile.columns)
-    operands = values, aligned(packed.values), out.view(m, n)
-    scale = packed.scale.float().contiguous()
-    options = {
-        **{"N": n, "K": k, "BM": tile.rows, "BN": tile.columns, "BK": tile.inner},
-        **{"GROUP": _GROUP, "STAGES": tile.stages, "num_warps": tile.warps},
-        **{"ONE_SCALE": scale.numel() == 1, "BIAS": bias is not None},
-    }
-    rest = x.scale.contiguous(), scale, scale if bias is None else bias, m
-    if hopper:
-        _multiply_hopper(operands, rest, tile, tiles, multiprocessors(x.device), options)
-    else:
-        linear.multiply[(tiles,)](*operands, *rest, **options)
+def multiply(streams: Sequence[QuantizedRows], weights: Sequence[Packed], biases: Biases) -> list[Tensor]:
+    """[B, T, N] of int8 streams [B, T, K] and weights that ``why_not_multiply`` lets pass."""
+    rows, columns = weights[0].values.shape
+    out = [x.scale.new_empty(*x.values.shape[:-1], rows, dtype=x.dtype) for x in streams]
+    counts = [x.values.numel() // columns for x in streams]
+    tile = choose_tile(sum(counts), rows, multiprocessors(out[0].device))
+    layers = [
+        (_aligned(x.values), _aligned(packed.values), y, x.scale, packed.scale, y if bias is None else bias)
+        for x, packed, y, bias in zip(streams, weights, out, biases, strict=True)
+    ]
+    tiles = sum(triton.cdiv(count, tile.rows) for count in counts) * triton.cdiv(rows, tile.columns)
+    linear.multiply[(tiles,)](
+        *layers[0],
+        *layers[-1],
+        counts[0],
+        counts[1] if len(counts) == 2 else 0,
+        N=rows,
+        K=columns,
+        BM=tile.rows,
+        BN=tile.columns,
+        BK=tile.inner,
+        GROUP=_GROUP,
+        STAGES=tile.stages,
+        ONE_SCALE=weights[0].scale.numel() == 1,
+        BIAS=biases[0] is not None,
+        num_warps=tile.warps,
+    )
     return out
 
 
-def _multiply_hopper(
-    operands: tuple[Tensor, ...], rest: tuple, tile: Tile, tiles: int, programs: int, options: dict
-) -> None:
-    blocks = [tile.rows, tile.inner], [tile.columns, tile.inner], [tile.rows, tile.columns]
-    described = [TensorDescriptor.from_tensor(x, block) for x, block in zip(operands, blocks, strict=True)]
-    linear.multiply_hopper[(min(tiles, programs),)](*described, *rest, PROGRAMS=programs, **options)
-
-
-def choose_tile(m: int, n: int, multiprocessors: int, hopper: bool) -> Tile:
-    """The fastest for [m, n].
-
-    Larger tiles read less, but all multiprocessors must have work, and where they take several tiles each,
-    the last ones leave some idle: 128 x 256 needs two rounds to win on an H200 (fastest of 6 tiles each way,
-    by plain pointers and descriptors, for 200, 4096 and 8100 tokens). Without descriptors 64 KiB of shared
-    memory must do, which every GPU of compute capability 8 has.
-    """
-
-    def rounds(rows: int, columns: int) -> float:
-        return math.ceil(m / rows) * math.ceil(n / columns) / multiprocessors
-
-    inner = 128 if hopper else 64
-    if hopper and rounds(128, 256) >= 2:
-        return Tile(128, 256, inner, 8, 3)
-    return Tile(128 if rounds(128, 128) >= 1 else 64, 128, inner, 4, 4)
-
-
-def aligned(x: Tensor) -> Tensor:
-    """x, contiguous and where 16 bytes can be read at once."""
-    x = x.contiguous()
-    return x if x.data_ptr() % _ALIGNED == 0 else x.clone()
-
-
 @cache
-def on_hopper(device: torch.device) -> bool:
-    """Whether products go through tensor descriptors; tiles are chosen for this generation alone."""
-    if backend.interpreted() or torch.version.hip is not None:
-        return False
-    return torch.cuda.get_device_capability(device)[0] == 9
+def choose_tile(m: int, n: int, multiprocessors: int) -> Tile:
+    """The fastest for [m, n], of 13 on an H200 for 4096 and 8100 tokens: by plain pointers as fast as by
+    tensor descriptors, whose launch takes the CPU four times as long. Small products take small tiles, so that
+    all multiprocessors have work."""
+    tiles = -(-m // 128) * -(-n // 128)
+    if tiles < multiprocessors:
+        return Tile(64, 128, 128, 4, 3)
+    # 96 KiB of shared memory, which GPUs of compute capability 8.6 and 8.9 have just so.
+    return Tile(128, 128, 128, 8, 3)
+
+
+def _aligned(x: Tensor) -> Tensor:
+    return x if x.data_ptr() % _ALIGNED == 0 else x.clone()
 
 
 @cache

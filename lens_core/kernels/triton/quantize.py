@@ -30,12 +30,27 @@ def store_quantized(x, values, scales, at, row, ok, row_ok):
     tl.store(values + at, number, mask=ok)
 
 
-@triton.jit(do_not_specialize=["rows"])
-def quantize_rows(x, values, scales, rows, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
-    """x [rows, WIDTH]; a program sees whole rows."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+@triton.jit
+def _quantized_rows(x, values, scales, row, rows, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Rows ``row`` [R, 1] of one stream."""
     column = tl.arange(0, BLOCK)[None, :]
     ok = (row < rows) & (column < WIDTH)
     at = row * WIDTH + column
     wide = tl.load(x + at, mask=ok, other=0).to(tl.float32)
     store_quantized(wide, values, scales, at, row, ok, row < rows)
+
+
+@triton.jit(do_not_specialize=["img_rows", "txt_rows"])
+def quantize_rows(
+    img, img_values, img_scales, txt, txt_values, txt_scales, img_rows, txt_rows,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Streams [rows, WIDTH]; a program sees whole rows, the first programs the image's."""
+    program = tl.program_id(0).to(tl.int64)
+    image_programs = tl.cdiv(img_rows, ROWS)
+    lane = tl.arange(0, ROWS)[:, None]
+    if program < image_programs:
+        _quantized_rows(img, img_values, img_scales, program * ROWS + lane, img_rows, WIDTH, BLOCK)
+    else:
+        row = (program - image_programs) * ROWS + lane
+        _quantized_rows(txt, txt_values, txt_scales, row, txt_rows, WIDTH, BLOCK)
