@@ -116,7 +116,7 @@ def why_not_multiply(rows: int, columns: int) -> str | None:
 
 
 def multiply(streams: Sequence[QuantizedRows], weights: Sequence[Packed], biases: Biases) -> list[Tensor]:
-    """[B, T, N] of int8 streams [B, T, K] and weights that ``why_not_multiply`` lets pass."""
+    """[B, T, N] of 8-bit streams [B, T, K] and weights that ``why_not_multiply`` lets pass."""
     rows, columns = weights[0].values.shape
     out = [x.scale.new_empty(*x.values.shape[:-1], rows, dtype=x.dtype) for x in streams]
     counts = [x.values.numel() // columns for x in streams]
@@ -148,8 +148,8 @@ def multiply(streams: Sequence[QuantizedRows], weights: Sequence[Packed], biases
 @cache
 def choose_tile(m: int, n: int, multiprocessors: int) -> Tile:
     """The fastest for [m, n], of 13 on an H200 for 4096 and 8100 tokens: by plain pointers as fast as by
-    tensor descriptors, whose launch takes the CPU four times as long. Small products take small tiles, so that
-    all multiprocessors have work."""
+    tensor descriptors, whose launch takes the CPU four times as long. Small products take small tiles, so
+    that all multiprocessors have work."""
     tiles = -(-m // 128) * -(-n // 128)
     if tiles < multiprocessors:
         return Tile(64, 128, 128, 4, 3)
