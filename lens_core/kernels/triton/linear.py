@@ -61,7 +61,7 @@ def _unpacked(
     tl.store(out + at, number.to(out.dtype.element_ty), mask=ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunks"])
 def unpack(
     img, img_scale, img_zero, img_out, txt, txt_scale, txt_zero, txt_out, chunks,
     WIDTH: tl.constexpr, PER: tl.constexpr, BITS: tl.constexpr, MANTISSA: tl.constexpr, ZERO: tl.constexpr,
@@ -138,7 +138,7 @@ def _product(
 
 @triton.jit
 def _either(img, txt, second):
-    """The second of two pointers or the first, of which the compiler still knows that 16 bytes lie in line."""
+    """The second of two pointers or the first, which the compiler still knows to be at multiples of 16 bytes."""
     apart = (txt.to(tl.int64) - img.to(tl.int64)) // 16
     return img + tl.where(second, apart, 0) * (128 // img.dtype.element_ty.primitive_bitwidth)
 

@@ -20,6 +20,7 @@ from .. import backend
 from ..linear import Biases
 from ..linear import unpack as plain_unpack
 from . import linear, quantize
+from .launcher import launch
 
 # 2 rows by 8 warps read and write at the memory's speed in the denoiser's norms, which do the same.
 _ROWS, _ROW_WARPS = 2, 8
@@ -54,15 +55,17 @@ def quantize_rows(streams: Sequence[Tensor], kind: str) -> list[QuantizedRows]:
     width = streams[0].shape[-1]
     counts = [x.numel() // width for x in streams]
     img, txt = out[0], out[-1]
-    quantize.quantize_rows[(sum(triton.cdiv(count, _ROWS) for count in counts),)](
-        *(streams[0], img.values, img.scale),
-        *(streams[-1], txt.values, txt.scale),
-        counts[0],
-        counts[1] if len(counts) == 2 else 0,
-        WIDTH=width,
-        BLOCK=triton.next_power_of_2(width),
-        ROWS=_ROWS,
-        num_warps=_ROW_WARPS,
+    launch(
+        quantize.quantize_rows,
+        (sum(triton.cdiv(count, _ROWS) for count in counts),),
+        (
+            *(streams[0], img.values, img.scale),
+            *(streams[-1], txt.values, txt.scale),
+            counts[0],
+            counts[1] if len(counts) == 2 else 0,
+        ),
+        {"WIDTH": width, "BLOCK": triton.next_power_of_2(width), "ROWS": _ROWS},
+        _ROW_WARPS,
     )
     return out
 
@@ -81,7 +84,7 @@ def unpack(weights: Sequence[Packed], dtype: torch.dtype) -> list[Tensor]:
     )
     programs = triton.cdiv(rows * columns, _NUMBERS)
     chunks = rows * columns // options["WIDTH"]
-    linear.unpack[(programs, len(weights))](*img, *txt, chunks, num_warps=_NUMBER_WARPS, **options)
+    launch(linear.unpack, (programs, len(weights)), (*img, *txt, chunks), options, _NUMBER_WARPS)
     return out
 
 
@@ -126,21 +129,22 @@ def multiply(streams: Sequence[QuantizedRows], weights: Sequence[Packed], biases
         for x, packed, y, bias in zip(streams, weights, out, biases, strict=True)
     ]
     tiles = sum(triton.cdiv(count, tile.rows) for count in counts) * triton.cdiv(rows, tile.columns)
-    linear.multiply[(tiles,)](
-        *layers[0],
-        *layers[-1],
-        counts[0],
-        counts[1] if len(counts) == 2 else 0,
-        N=rows,
-        K=columns,
-        BM=tile.rows,
-        BN=tile.columns,
-        BK=tile.inner,
-        GROUP=_GROUP,
-        STAGES=tile.stages,
-        ONE_SCALE=weights[0].scale.numel() == 1,
-        BIAS=biases[0] is not None,
-        num_warps=tile.warps,
+    launch(
+        linear.multiply,
+        (tiles,),
+        (*layers[0], *layers[-1], counts[0], counts[1] if len(counts) == 2 else 0),
+        {
+            "N": rows,
+            "K": columns,
+            "BM": tile.rows,
+            "BN": tile.columns,
+            "BK": tile.inner,
+            "GROUP": _GROUP,
+            "STAGES": tile.stages,
+            "ONE_SCALE": weights[0].scale.numel() == 1,
+            "BIAS": biases[0] is not None,
+        },
+        tile.warps,
     )
     return out
 
@@ -158,7 +162,7 @@ def choose_tile(m: int, n: int, multiprocessors: int) -> Tile:
 
 
 def _aligned(x: Tensor) -> Tensor:
-    return x if x.data_ptr() % _ALIGNED == 0 else x.clone()
+    return x.clone() if x.data_ptr() % _ALIGNED else x
 
 
 @cache
