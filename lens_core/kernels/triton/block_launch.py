@@ -9,12 +9,11 @@ import math
 from collections.abc import Sequence
 
 import torch
-import triton
 from torch import Tensor
 
 from ..block import EXP2_HEADROOM, HeadNorms, Inputs, Rows
 from . import block, joint_attention
-from .launcher import launch
+from .launcher import cdiv, launch, power_of_2
 from .linear_launch import empty_rows
 
 # Fastest of 8 to 16 on an H200 at 1024 x 1024 and 1440 x 1440 (rows or numbers a program, warps); others
@@ -60,12 +59,12 @@ def add_modulate(
             0 if after is None else after.stride(0) // hidden,
             eps,
         ]
-    programs = sum(triton.cdiv(rows.x.shape[1], _ROWS) for rows in streams)
+    programs = sum(cdiv(rows.x.shape[1], _ROWS) for rows in streams)
     if len(streams) == 1:
         operands += [*operands[:8], 0, 0, 0, 0.0]
     constants = {
         "H": hidden,
-        "BLOCK": triton.next_power_of_2(hidden),
+        "BLOCK": power_of_2(hidden),
         "ROWS": _ROWS,
         "GATE": gate,
         "SHIFT": shift,
@@ -108,7 +107,7 @@ def attend(
     _turn(streams, streams, norms, rotary, (1, 3 * tokens, 3 * text, 3), q_factor=factor)
     asking = streams[:1] if image_only else streams
     out = [qkv.new_empty(batch, qkv.shape[1], width // 3) for qkv in asking]
-    programs = sum(triton.cdiv(qkv.shape[1], _QUERIES) for qkv in asking)
+    programs = sum(cdiv(qkv.shape[1], _QUERIES) for qkv in asking)
     heads = width // (3 * dim)
     gains = norms[0].k, norms[-1].k
     launch(
@@ -138,7 +137,7 @@ def _turn(
     dim = 2 * rotary.shape[-1]
     heads = width // (3 * dim)
     text = txt.shape[1] if len(streams) == 2 else 0
-    programs = sum(triton.cdiv(qkv.shape[1], _TOKENS) for qkv in streams)
+    programs = sum(cdiv(qkv.shape[1], _TOKENS) for qkv in streams)
     constants = {
         "HEADS": heads,
         "GROUP": heads & -heads,
@@ -160,11 +159,11 @@ def swiglu(gates: Sequence[Tensor], ups: Sequence[Tensor], kind: str | None = No
     if kind is not None:
         out = [empty_rows(gate, kind) for gate in gates]
         image, words = (gates[0], ups[0], *out[0][:2]), (gates[-1], ups[-1], *out[-1][:2])
-        constants = {"WIDTH": width, "BLOCK": triton.next_power_of_2(width), "ROWS": 1}
+        constants = {"WIDTH": width, "BLOCK": power_of_2(width), "ROWS": 1}
         rows = (*image, *words, counts[0], text)
         launch(block.swiglu_quantized, (sum(counts),), rows, constants, _GATE_WARPS)
         return list(out)
-    programs = sum(triton.cdiv(gate.numel(), _NUMBERS) for gate in gates)
+    programs = sum(cdiv(gate.numel(), _NUMBERS) for gate in gates)
     constants = {"WIDTH": width, "BLOCK": _NUMBERS}
     operands = (gates[0], ups[0], gates[-1], ups[-1], counts[0], text)
     launch(block.swiglu, (programs,), operands, constants, _NUMBER_WARPS)

@@ -138,7 +138,7 @@ def _product(
 
 @triton.jit
 def _either(img, txt, second):
-    """The second of two pointers or the first, which the compiler still knows to be at multiples of 16 bytes."""
+    """The second of two pointers or the first; the compiler still knows that 16 bytes are a step of both."""
     apart = (txt.to(tl.int64) - img.to(tl.int64)) // 16
     return img + tl.where(second, apart, 0) * (128 // img.dtype.element_ty.primitive_bitwidth)
 

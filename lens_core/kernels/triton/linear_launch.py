@@ -11,7 +11,6 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from ...quant import linear as quant
@@ -20,7 +19,7 @@ from .. import backend
 from ..linear import Biases
 from ..linear import unpack as plain_unpack
 from . import linear, quantize
-from .launcher import launch
+from .launcher import cdiv, launch, power_of_2
 
 # 2 rows by 8 warps read and write at the memory's speed in the denoiser's norms, which do the same.
 _ROWS, _ROW_WARPS = 2, 8
@@ -57,14 +56,14 @@ def quantize_rows(streams: Sequence[Tensor], kind: str) -> list[QuantizedRows]:
     img, txt = out[0], out[-1]
     launch(
         quantize.quantize_rows,
-        (sum(triton.cdiv(count, _ROWS) for count in counts),),
+        (sum(cdiv(count, _ROWS) for count in counts),),
         (
             *(streams[0], img.values, img.scale),
             *(streams[-1], txt.values, txt.scale),
             counts[0],
             counts[1] if len(counts) == 2 else 0,
         ),
-        {"WIDTH": width, "BLOCK": triton.next_power_of_2(width), "ROWS": _ROWS},
+        {"WIDTH": width, "BLOCK": power_of_2(width), "ROWS": _ROWS},
         _ROW_WARPS,
     )
     return out
@@ -82,7 +81,7 @@ def unpack(weights: Sequence[Packed], dtype: torch.dtype) -> list[Tensor]:
         (_bytes(packed), packed.scale, packed.scale if packed.zero is None else packed.zero, result)
         for packed, result in ((weights[0], out[0]), (weights[-1], out[-1]))
     )
-    programs = triton.cdiv(rows * columns, _NUMBERS)
+    programs = cdiv(rows * columns, _NUMBERS)
     chunks = rows * columns // options["WIDTH"]
     launch(linear.unpack, (programs, len(weights)), (*img, *txt, chunks), options, _NUMBER_WARPS)
     return out
@@ -128,7 +127,7 @@ def multiply(streams: Sequence[QuantizedRows], weights: Sequence[Packed], biases
         (_aligned(x.values), _aligned(packed.values), y, x.scale, packed.scale, y if bias is None else bias)
         for x, packed, y, bias in zip(streams, weights, out, biases, strict=True)
     ]
-    tiles = sum(triton.cdiv(count, tile.rows) for count in counts) * triton.cdiv(rows, tile.columns)
+    tiles = sum(cdiv(count, tile.rows) for count in counts) * cdiv(rows, tile.columns)
     launch(
         linear.multiply,
         (tiles,),
