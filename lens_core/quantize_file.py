@@ -7,6 +7,7 @@ its own loader reads every mode but those in 4-bit integers, whose format is thi
 from __future__ import annotations
 
 import logging
+import os
 from functools import partial
 from pathlib import Path
 
@@ -51,7 +52,7 @@ def quantize_file(
     _check(file, mode, target)
     plan, steps = _plan(file, mode, torch.device(device))
     writer = SteppedWriter(target, steps, _metadata(file, mode))
-    if target.exists() and not overwrite:
+    if os.path.exists(target) and not overwrite:
         if not writer.is_written():
             raise SettingError(
                 f"{target} exists already and is not {file.checkpoint.name} in {mode}. Give another name, "
@@ -85,11 +86,11 @@ def _check(file: DenoiserFile, mode: str, target: Path) -> None:
             f"{name} is quantised already ({', '.join(sorted(stored))}), and doing it again only adds error. "
             "Expected weights in bf16 or fp32: choose such a file."
         )
-    if target.suffix != SUFFIX or target.is_dir():
-        what = "is a folder" if target.is_dir() else f"does not end in {SUFFIX}"
+    if target.suffix != SUFFIX or os.path.isdir(target):
+        what = "is a folder" if os.path.isdir(target) else f"does not end in {SUFFIX}"
         raise SettingError(f"{target} {what}. Give the name of a {SUFFIX} file to write.")
-    written = [path for path in (target, part_of(target)) if path.exists()]
-    if any(path.samefile(source) for path in written for source in file.checkpoint.paths):
+    there = [path for path in (target, part_of(target)) if os.path.exists(path)]
+    if any(path.samefile(source) for path in there for source in file.checkpoint.paths):
         raise SettingError(f"{target} would replace the file that it is made from. Give another name.")
 
 
@@ -131,7 +132,7 @@ def _plan(file: DenoiserFile, mode: str, device: torch.device) -> tuple[Plan, li
 
 
 def _metadata(file: DenoiserFile, mode: str) -> dict[str, str]:
-    """What the file says of itself; the source's identity, so that no other's part is taken for this one's."""
+    """What the file says of itself; by the source's identity, another's part is not gone on with."""
     return {
         "format": "pt",
         "lens.variant": variant_of_file(file).name,

@@ -167,7 +167,7 @@ def _layout(steps: Sequence[Mapping[str, Tensor]], metadata: Mapping[str, str]) 
 
 def _bytes(tensor: Tensor) -> memoryview:
     flat = tensor.detach().to("cpu").contiguous().view(-1)
-    return memoryview(flat.view(torch.uint8).numpy())
+    return flat.view(torch.uint8).numpy().data
 
 
 def _write(file: IO[bytes], data: memoryview) -> None:
@@ -191,4 +191,6 @@ def _lock(file: IO[bytes], path: Path) -> None:
         return
     # One that has just finished has given it its name.
     if taken or not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
-        raise CheckpointError(f"{path} is being written by another program. Wait for it, or give another name.")
+        raise CheckpointError(
+            f"{path} is being written by another program. Wait for it, or give another name."
+        )
