@@ -13,7 +13,7 @@ from ...lens_core.quantize_file import SUFFIX, quantize_file
 from . import paths
 from .progress import on_progress
 
-# Bytes that the search for the best rounding keeps of a number, at most.
+# Bytes of memory that quantising a weight takes for each of its numbers, with room to spare (nvfp4: 32).
 _BYTES_A_NUMBER = 48
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import shutil
 from collections import namedtuple
@@ -72,17 +71,26 @@ def test_a_part_cut_anywhere_goes_on_to_the_same_file(
     assert target.read_bytes() == whole
 
 
-def test_zeros_that_a_power_cut_left_at_the_end_are_written_anew(
-    source: DenoiserFile, target: Path, whole: bytes
+@pytest.mark.parametrize("lost", [0, 1])
+@pytest.mark.parametrize("count", [57, 60, 63, 64, 65])
+def test_what_a_power_cut_turned_to_zeros_is_written_anew(
+    source: DenoiserFile,
+    target: Path,
+    whole: bytes,
+    monkeypatch: pytest.MonkeyPatch,
+    count: int,
+    lost: int,
 ):
-    """The file has its length before its data: what was not synced may be zeros."""
-    begin(source, target, 60)
-    part, head = part_of(target), 8 + int.from_bytes(whole[:8], "little")
-    entries = [e for name, e in json.loads(whole[8:head]).items() if name != "__metadata__"]
-    size = part.stat().st_size
-    synced = max(start for start, end in (e["data_offsets"] for e in entries) if head + end <= size)
+    """The disk may have a file's length before its data: all after the last sync can be zeros, and so can what
+    a sync, under way when the power went, should have saved."""
+    synced = [0]
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", lambda number: synced.append(os.fstat(number).st_size))
+        begin(source, target, count)
+    part = part_of(target)
     content = part.read_bytes()
-    part.write_bytes(content[: head + synced] + bytes(size - head - synced))
+    safe = synced[-1 - lost] if count == 64 else synced[-1]
+    part.write_bytes(content[:safe] + bytes(len(content) - safe))
     finish(source, target)
     assert target.read_bytes() == whole
 
