@@ -140,8 +140,8 @@ def choose_tile(m: int, n: int, multiprocessors: int, hopper: bool) -> Tile:
 
     Larger tiles read less, but all multiprocessors must have work, and where they take several tiles each,
     the last ones leave some idle: 128 x 256 needs two rounds to win on an H200 (fastest of 6 tiles each way,
-    by plain pointers and descriptors, for 200, 4096 and 8100 tokens). Without descriptors 64 KiB of shared
-    memory must do, which every GPU of compute capability 8 has.
+    by plain pointers and descriptors, for 200, 4096 and 8100 tokens). Without descriptors the tiles are what
+    fits 64 KiB of shared memory, which every GPU of compute capability 8 has; they are not measured there.
     """
 
     def rounds(rows: int, columns: int) -> float:
