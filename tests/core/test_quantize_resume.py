@@ -81,8 +81,8 @@ def test_what_a_power_cut_turned_to_zeros_is_written_anew(
     count: int,
     lost: int,
 ):
-    """The disk may have a file's length before its data: all after the last sync can be zeros, and so can what
-    a sync, under way when the power went, should have saved."""
+    """The disk may have a file's length before its data: all after the last sync can be zeros, and so can
+    what a sync, under way when the power went, should have saved."""
     synced = [0]
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", lambda number: synced.append(os.fstat(number).st_size))
