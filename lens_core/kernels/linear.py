@@ -55,6 +55,4 @@ def linear(x: Inputs, packed: Packed, bias: Tensor | None, kernels: LinearKernel
     return F.linear(x, kernels.unpack(packed, x.dtype), bias)
 
 
-EAGER_LINEAR = LinearKernels(
-    "torch", quant.quantize_rows, quant.unpack, {FLOAT8: multiply, INT8: multiply}
-)
+EAGER_LINEAR = LinearKernels("torch", quant.quantize_rows, quant.unpack, {FLOAT8: multiply, INT8: multiply})
