@@ -9,7 +9,10 @@ pictures are noise, and what a mode does to one as seen is trained weights' to s
 no outliers, which trained ones have and which coarse formats do worst with.
 
 A grid of 16 pixels is looked for in each picture; ``all_linear_int4``, which rounds the modulation too, is
-there to show whether one would be found.
+there to show whether one would be found. With random weights it is (2.7 times bf16's grid energy with 24 of
+the 48 blocks at 512x512), but 4 bits in the blocks' other linears alone come to 1.3 there: what all tokens
+have in common meets the same rounded weights. The score grows with the area, since chance has less of it in
+a larger picture; the error's mean tile does not, and says how strong the pattern is.
 """
 
 from __future__ import annotations
