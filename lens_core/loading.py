@@ -49,7 +49,8 @@ def load_denoiser(
     """The denoiser on the CPU in ``dtype``, quantised as its file is or on ``device`` by ``quantization``."""
     file = open_denoiser(path)
     model = LensDenoiser(file.config, operations, dtype, device="meta")
-    file.load(model, dtype, mode=quantization, device=device, on_tensor=on_tensor)
+    mode = file.mode(quantization, torch.device(device))
+    file.load(model, dtype, mode=mode, device=device, on_tensor=on_tensor)
     return model.eval()
 
 
