@@ -49,7 +49,8 @@ class QuantizedLinear(nn.Module):
         return definitions.dequantize(self.packed(), dtype)
 
     def forward(self, x: Inputs) -> Tensor:
-        return linear(x, self.packed(), self.bias, choose_linear(x.device, x.dtype))
+        bias = self._parameters["bias"]
+        return linear(x, self.packed(), bias, choose_linear(x.device, x.dtype))
 
 
 def tensors_of(packed: Packed) -> dict[str, Tensor]:

@@ -54,9 +54,9 @@ class LensModelLoader(io.ComfyNode):
                     default=NONE,
                     optional=True,
                     tooltip=(
-                        "Makes the weights smaller as they load. auto: by the GPU's memory and generation; the "
-                        "log says what and why. *_dynamic (W8A8) is the fastest, 4 bits the smallest. none: as "
-                        "the file is. Modulation, norms and projections in and out are never quantised."
+                        "Makes the weights smaller as they load. auto: by the GPU's memory and generation; "
+                        "the log says what and why. *_dynamic (W8A8) is the fastest, 4 bits the smallest. "
+                        "none: as the file is. Modulation, norms, projections in and out stay as they are."
                     ),
                 ),
             ],

@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..config import DenoiserConfig
@@ -25,8 +26,10 @@ from ..kernels.block import (
     HeadNorms,
     Rows,
 )
+from ..kernels.linear import linears
 from ..ops import Attention, Operations, fastest_attention
 from ..quant.layer_format import LayerFormat
+from ..quant.linear import Packed
 
 # One block's tables [B, 6 H]: the image's and the text's.
 Tables = tuple[Tensor, Tensor]
@@ -39,7 +42,7 @@ class Shared:
     ``rotary`` [2, N + S, D / 2] in fp32, ``mask`` None or additive [B, 1, 1, N + S]. ``attention`` None is
     the kernels' own in the ``bounded`` layers, PyTorch's in others and under a mask. ``weight_of`` gives a
     norm's weight as its caller's operations would use it beside x, ``form_of`` how a linear is quantised, if
-    it is. ``text_queries``: the last block too asks with the text's queries, though no one reads the answers
+    it is, and ``packed_of`` its weight where it is at hand on a device. ``text_queries``: the last block too asks with the text's queries, though no one reads the answers
     (an attention override may count on them).
     """
 
@@ -50,15 +53,27 @@ class Shared:
     mask: Tensor | None
     weight_of: Callable[[Any, Tensor], Tensor]
     form_of: Callable[[nn.Module], LayerFormat | None]
+    packed_of: Callable[[nn.Module, torch.device], Packed | None]
     bounded: Collection[JointAttention] = ()
     text_queries: bool = False
 
-    def kind(self, *layers: nn.Module) -> str | None:
-        """What the inputs of all these linears are to be quantised to, if they agree on it."""
-        forms = [self.form_of(layer) for layer in layers]
-        if forms[0] is None or forms[0].rotation or any(form != forms[0] for form in forms[1:]):
+    def kind(self, *layers: Any) -> str | None:
+        """What the inputs of these linears, alike in size, are to be quantised to, if they agree on it."""
+        form = self.form_of(layers[0])
+        if form is None or form.inputs is None or form.rotation:
             return None
-        return self.linears.inputs_of(forms[0])
+        if any(self.form_of(layer) != form for layer in layers[1:]):
+            return None
+        return self.linears.inputs_of(form, (layers[0].out_features, layers[0].in_features))
+
+    def apply(self, layers: Sequence[Any], streams: Sequence[Inputs]) -> list[Tensor]:
+        """Each stream [B, T, K] through its layer; there are fewer streams than layers without a text."""
+        layers = layers[: len(streams)]
+        weights = [self.packed_of(layer, streams[0].device) for layer in layers]
+        packed = [weight for weight in weights if weight is not None]
+        if len(packed) < len(layers):
+            return [layer(x) for layer, x in zip(layers, streams, strict=True)]
+        return linears(streams, packed, [layer.bias for layer in layers], self.linears)
 
 
 class SwiGLU(nn.Module):
@@ -97,13 +112,13 @@ class JointAttention(nn.Module):
         self, streams: Sequence[Tensor], normed: Sequence[Inputs], shared: Shared, image_only: bool
     ) -> list[Tensor]:
         """Norms of streams [B, T, H] -> the updates; only the image's if no one will read the text's."""
-        qkv = _each(self.projections(), normed)
+        qkv = shared.apply(self.projections(), normed)
         pairs = ((self.norm_q, self.norm_k), (self.norm_added_q, self.norm_added_k))[: len(qkv)]
         norms = [HeadNorms(shared.weight_of(q, qkv[0]), shared.weight_of(k, qkv[0]), q.eps) for q, k in pairs]
         outs = (self.to_out[0], self.to_add_out)
         attend = shared.kernels.attend
         if attend is not None and shared.attention is None and shared.mask is None and self in shared.bounded:
-            return _each(outs, attend(qkv, norms, shared.rotary, image_only))
+            return shared.apply(outs, attend(qkv, norms, shared.rotary, image_only))
         q, k, v = shared.kernels.joint_heads(qkv, norms, shared.rotary)
         del qkv
         image = streams[0].shape[1]
@@ -112,7 +127,7 @@ class JointAttention(nn.Module):
         attention = shared.attention or fastest_attention(q.device)
         out = attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), shared.mask)
         parts = (out[:, :image], out[:, image:])[: 1 if image_only else len(streams)]
-        return _each(outs, parts)
+        return shared.apply(outs, parts)
 
 
 class LensBlock(nn.Module):
@@ -154,8 +169,8 @@ class LensBlock(nn.Module):
         mlps = (self.img_mlp, self.txt_mlp)[: len(rows)]
         gates, ups, downs = zip(*((mlp.w1, mlp.w3, mlp.w2) for mlp in mlps), strict=True)
         streams, normed = kernels.add_modulate(rows, ATTENTION_GATE, MLP_SHIFT, shared.kind(*gates, *ups))
-        inner = kernels.swiglu(_each(gates, normed), _each(ups, normed), shared.kind(*downs))
-        return streams, _each(downs, inner)
+        hidden = shared.apply(gates, normed), shared.apply(ups, normed)
+        return streams, shared.apply(downs, kernels.swiglu(*hidden, shared.kind(*downs)))
 
     def enter(
         self,
@@ -204,8 +219,3 @@ def run_blocks(
 def streams_of(img: Tensor, txt: Tensor) -> tuple[Tensor, ...]:
     """What runs through the blocks: img [B, N, H], and txt [B, S, H] unless it is empty."""
     return (img, txt) if txt.shape[1] else (img,)
-
-
-def _each(layers: Sequence[nn.Module], streams: Sequence[Inputs]) -> list[Tensor]:
-    """Each stream through its layer; there are fewer streams than layers without a text."""
-    return [layer(x) for layer, x in zip(layers, streams, strict=False)]

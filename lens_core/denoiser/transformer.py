@@ -21,7 +21,8 @@ from ..kernels import EAGER_BLOCK, EAGER_LINEAR, choose_block, choose_linear
 from ..kernels.block import modulate
 from ..ops import Attention, Operations, padding_mask
 from ..quant.layer_format import LayerFormat
-from ..quantized import form_of
+from ..quant.linear import Packed
+from ..quantized import QuantizedLinear, form_of
 from .block import LensBlock, Shared, streams_of
 from .graph import BlockGraphs
 from .modulation import Modulation
@@ -164,7 +165,17 @@ class LensDenoiser(nn.Module):
             linears = choose_linear(img.device, img.dtype)
         rotary = run.rotary(self, grid, txt.shape[1], img.device)
         bounded = () if kernels.attend is None else run.bounded(self, img)
-        return Shared(kernels, linears, attention, rotary, mask, self.weight_of, self.form_of, bounded)
+        return Shared(
+            kernels,
+            linears,
+            attention,
+            rotary,
+            mask,
+            self.weight_of,
+            self.form_of,
+            self.packed_of,
+            bounded,
+        )
 
     def project_out(self, img: Tensor, modulation: Modulation) -> Tensor:
         """Image stream [B, N, H] -> velocity [B, N, C]."""
@@ -177,6 +188,11 @@ class LensDenoiser(nn.Module):
     def form_of(self, layer: nn.Module) -> LayerFormat | None:
         """How a linear is quantised, if it is; a caller with quantised linears of its own says otherwise."""
         return form_of(layer)
+
+    def packed_of(self, layer: nn.Module, device: torch.device) -> Packed | None:
+        """A quantised linear's weight, where it is at hand on ``device``; None: the layer itself must be
+        asked. A caller with quantised linears of its own says otherwise."""
+        return layer.packed() if isinstance(layer, QuantizedLinear) else None
 
     def embed_text(self, text: Tensor) -> Tensor:
         """[B, S, L, text hidden] -> [B, S, H]."""

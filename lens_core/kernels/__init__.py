@@ -1,12 +1,14 @@
 """Fused operations: plain-PyTorch definitions, Triton where it can run, and the choice between them.
 
-``eager`` and ``registry`` are the encoder's, ``block`` and ``block_registry`` the denoiser's.
+``eager`` and ``registry`` are the encoder's, ``block`` and ``block_registry`` the denoiser's, ``linear`` and
+``linear_registry`` those of linears with quantised weights.
 """
 
 from . import eager
 from .bank import Bank, DenseMatrices, PackedMatrices
+from .block import Inputs
 from .block_registry import EAGER_BLOCK, BlockKernels, choose_block
-from .linear import EAGER_LINEAR, Inputs, LinearKernels
+from .linear import EAGER_LINEAR, LinearKernels
 from .linear_registry import choose_linear
 from .plan import AttentionPlan, Block
 from .registry import Kernels, choose

@@ -34,6 +34,16 @@ def why_no_triton(device: torch.device, dtype: torch.dtype, part: str) -> str | 
     return None
 
 
+def why_no_float8(device: torch.device) -> str | None:
+    """Why a GPU has no conversion to float8_e4m3fn and no products of it, in words; None where it has."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return "8-bit floats are multiplied on NVIDIA's GPUs alone"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 9):
+        return f"this GPU has compute capability {capability[0]}.{capability[1]}, and 8-bit floats need 8.9"
+    return None
+
+
 def self_test(difference: Callable[[], float]) -> str | None:
     """Run ``difference``, a relative L2 between two backends; None where it is small, else what happened."""
     try:

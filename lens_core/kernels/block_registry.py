@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
 from torch import Tensor
 
+from ..quant.layer_format import FLOAT8, INT8
+from ..quant.linear import QuantizedRows, dequantize_rows
 from . import backend, block
 from .block import HeadNorms, Inputs, Rows
 
@@ -103,7 +105,7 @@ def difference(device: torch.device, dtype: torch.dtype, head_dim: int) -> float
     leaving = [row._replace(weight=None) for row in rows]
     joint = (block.MLP_GATE, block.ATTENTION_SHIFT)  # where one block ends and the next begins
 
-    def run(kernels: BlockKernels) -> tuple[Tensor, ...]:
+    def run(kernels: BlockKernels) -> tuple[Inputs, ...]:
         totals, normed = kernels.add_modulate(rows, *joint)
         both = kernels.joint_heads([x.clone() for x in qkv], norms, rotary)
         image = kernels.joint_heads([qkv[0].clone()], norms[:1], rotary[:, :37].contiguous())
@@ -119,4 +121,38 @@ def difference(device: torch.device, dtype: torch.dtype, head_dim: int) -> float
         seen_by_image = attend([qkv[0].clone()], norms[:1], rotary[:, :37].contiguous(), True)
         return (*added, *both, *image, *gated, *seen, *seen_by_image)
 
-    return backend.apart(run(triton_block_kernels()), run(EAGER_BLOCK))
+    kinds = [INT8] if backend.why_no_float8(device) else [INT8, FLOAT8]
+    return max(
+        backend.apart(_in_full(run(triton_block_kernels())), _in_full(run(EAGER_BLOCK))),
+        *(quantized_difference(kind, rows, qkv) for kind in kinds),
+    )
+
+
+def quantized_difference(kind: str, rows: Sequence[Rows], gates: Sequence[Tensor]) -> float:
+    """By how much norms and gates in 8 bits are further from fp32, as relative L2, than their definitions.
+
+    Not from these: where one of a hundred numbers rounds the other way, that is 1e-3 already.
+    """
+
+    def run(kernels: BlockKernels, dtype: torch.dtype, *kinds: str) -> tuple[Tensor, ...]:
+        streams = [
+            row._replace(**{name: x.to(dtype) for name, x in row._asdict().items() if name != "eps"})
+            for row in rows
+        ]
+        _, normed = kernels.add_modulate(streams, block.MLP_GATE, block.ATTENTION_SHIFT, *kinds)
+        gated = kernels.swiglu([x.to(dtype, copy=True) for x in gates], [x.to(dtype) for x in gates], *kinds)
+        return _in_full([*normed, *gated])
+
+    exact = run(EAGER_BLOCK, torch.float32)
+    ours, theirs = (
+        [
+            backend.apart(got, want)
+            for got, want in zip(run(kernels, gates[0].dtype, kind), exact, strict=True)
+        ]
+        for kernels in (triton_block_kernels(), EAGER_BLOCK)
+    )
+    return max(0.0, *(mine - other for mine, other in zip(ours, theirs, strict=True)))
+
+
+def _in_full(outputs: Sequence[Inputs]) -> tuple[Tensor, ...]:
+    return tuple(dequantize_rows(x) if isinstance(x, QuantizedRows) else x for x in outputs)

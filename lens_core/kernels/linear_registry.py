@@ -1,9 +1,135 @@
+"""Which kernels quantised linears run on: declared limits decide, and self-tests at first use.
+
+Each kind of 8-bit product is tested when a layer first asks for it: most models have one kind or none.
+"""
+
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache, partial
+
 import torch
+from torch import Tensor
 
-from .linear import EAGER_LINEAR, LinearKernels
+from ..quant import linear as quant
+from ..quant.layer_format import FLOAT8, INT8, LayerFormat, affine4, float8, int8
+from . import backend
+from .linear import EAGER_LINEAR, LinearKernels, multiply
+from .scaled_mm import multiply_float8, why_not_multiply_float8
+
+log = logging.getLogger(__name__)
 
 
+@cache
 def choose_linear(device: torch.device, dtype: torch.dtype) -> LinearKernels:
-    return EAGER_LINEAR
+    """The fastest backend on ``device`` in ``dtype``; why it is not Triton on a GPU is logged once."""
+    if device.type != "cuda" and not backend.interpreted():
+        return EAGER_LINEAR
+    reason = why_not_triton_linear(device, dtype)
+    if reason is not None:
+        log.warning("Quantised weights are unpacked in plain PyTorch, slower than with Triton: %s.", reason)
+    kernels = triton_linear_kernels() if reason is None else replace(EAGER_LINEAR, multiply={})
+    products = {FLOAT8: multiply_float8, **kernels.multiply}
+    here = {kind: run for kind, run in products.items() if _limit(kind, device, dtype) is None}
+    return replace(kernels, multiply=here, why_not=partial(_why_not, device=device, dtype=dtype))
+
+
+@cache
+def why_not_triton_linear(device: torch.device, dtype: torch.dtype) -> str | None:
+    """The first limit that is not met, in words; None where all are."""
+    reason = backend.why_no_triton(device, dtype, "the denoiser")
+    if reason is None and not backend.interpreted():
+        reason = backend.self_test(lambda: difference(device, dtype))
+    return reason
+
+
+@cache
+def why_not(kind: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why inputs are not quantised to ``kind``, in words; None where they can be."""
+    reason = _limit(kind, device, dtype)
+    if reason is None and not backend.interpreted():
+        reason = backend.self_test(lambda: product_difference(kind, device, dtype))
+    return reason
+
+
+def _limit(kind: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    if kind == INT8:
+        return why_not_triton_linear(device, dtype)
+    reason = backend.why_no_float8(device)
+    if reason is None and dtype != torch.bfloat16:
+        name = str(dtype).removeprefix("torch.")
+        reason = f"the denoiser computes in {name}, and products of 8-bit floats come in bfloat16"
+    return reason
+
+
+def _why_not(
+    form: LayerFormat, size: tuple[int, int], device: torch.device, dtype: torch.dtype
+) -> str | None:
+    """``why_not`` of a layer of ``size`` (N, K); each reason is logged once."""
+    kind = form.inputs or ""
+    reason = why_not(kind, device, dtype)
+    if reason is None:
+        reason = why_not_multiply_float8(*size) if kind == FLOAT8 else _why_not_int8()(*size)
+    if reason is not None:
+        _say_once(kind, dtype, reason)
+    return reason
+
+
+@cache
+def _say_once(kind: str, dtype: torch.dtype, reason: str) -> None:
+    name = str(dtype).removeprefix("torch.")
+    log.warning("%s: the weights stay 8-bit and are multiplied in %s: %s.", kind, name, reason)
+
+
+@cache
+def triton_linear_kernels() -> LinearKernels:
+    """The Triton backend; import only once its limits are met."""
+    from .triton import linear_launch as launch
+
+    return LinearKernels("triton", launch.quantize_rows, launch.unpack, {INT8: launch.multiply})
+
+
+def _why_not_int8() -> Callable[[int, int], str | None]:
+    from .triton.linear_launch import why_not_multiply
+
+    return why_not_multiply
+
+
+def difference(device: torch.device, dtype: torch.dtype) -> float:
+    """The largest relative L2 between the backends' unpacked weights and quantised rows, on the same input
+    at the published model's widths, so that what is compiled here serves there too."""
+    generator = torch.Generator().manual_seed(0)
+    pair = torch.randn(2, 96, 1536, generator=generator).to(device)
+    weights = [[quant.quantize(weight, form) for weight in pair] for form in (float8, int8, affine4)]
+    streams = [torch.randn(2, tokens, 1536, generator=generator).to(device, dtype) for tokens in (37, 5)]
+    kinds = [INT8] if backend.why_no_float8(device) else [INT8, FLOAT8]
+
+    def run(kernels: LinearKernels) -> tuple[Tensor, ...]:
+        rows = (kernels.quantize_rows(streams, kind) for kind in kinds)
+        unpacked = (weight for pair in weights for weight in kernels.unpack(pair, dtype))
+        return (*unpacked, *(quant.dequantize_rows(x) for pair in rows for x in pair))
+
+    return backend.apart(run(triton_linear_kernels()), run(EAGER_LINEAR))
+
+
+def product_difference(kind: str, device: torch.device, dtype: torch.dtype) -> float:
+    """The largest relative L2 between the backends' products of the same 8-bit numbers: of few tokens, and
+    of so many that every tile is used, with one scale for the weight or one for each of its rows."""
+    generator = torch.Generator().manual_seed(0)
+    form: LayerFormat = {INT8: int8, FLOAT8: float8}[kind]
+    weights = torch.randn(2, 1536, 1536, generator=generator).to(device)
+    biases = torch.randn(2, 1536, generator=generator).to(device, dtype)
+    run = multiply_float8 if kind == FLOAT8 else triton_linear_kernels().multiply[kind]
+    pairs = [quant.quantize(weight, form) for weight in weights]
+    scale = pairs[0].scale.new_full((1536, 1) if form is float8 else (), 0.01)
+    others = [packed._replace(scale=scale) for packed in pairs]
+    some = torch.randn(200, 1536, generator=generator).to(device, dtype)
+    errors = []
+    for repeats in (1, 10, 30):
+        streams = [quant.quantize_rows(x[None], kind) for x in (some.repeat(repeats, 1), some[:37])]
+        for layers, added in ((pairs, [*biases]), (others, [None, None])):
+            got, want = run(streams, layers, added), multiply(streams, layers, added)
+            errors.append(backend.apart(tuple(got), tuple(want)))
+    return max(errors)

@@ -21,9 +21,10 @@ from ...lens_core.denoiser import DenoiserRun, LensDenoiser
 from ...lens_core.denoiser.block import Shared, Tables, run_blocks, streams_of
 from ...lens_core.denoiser.modulation import Modulation
 from ...lens_core.quant.layer_format import LayerFormat
+from ...lens_core.quant.linear import Packed
 from ...lens_core.sampling import grid_to_tokens, tokens_to_grid
 from .attention import host_attention
-from .quantized import form_of
+from .quantized import at_hand, form_of, packed_of
 
 # Where transformer_options keep the DenoiserRun of the picture that is being sampled.
 RUN = "lens_run"
@@ -121,6 +122,13 @@ class HostDenoiser(LensDenoiser):
     def form_of(self, layer: Any) -> LayerFormat | None:
         """How a linear is quantised, if it computes with its weight as that is stored."""
         return form_of(layer)
+
+    def packed_of(self, layer: Any, device: torch.device) -> Packed | None:
+        """Its weight, if that lies on ``device`` as it is stored; else ComfyUI must bring it."""
+        if not at_hand(layer, device):
+            return None
+        comfy.ops.run_every_op()
+        return packed_of(layer.weight, layer.form)
 
     def _hooked_blocks(
         self,

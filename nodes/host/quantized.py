@@ -134,10 +134,10 @@ class _QuantizedLinear:
     def forward(self, x: Inputs, *args: Any, **kwargs: Any) -> Tensor:
         """[B, T, N] of [B, T, K]; straight where the weight is at hand as it is stored."""
         if isinstance(x, QuantizedRows):
-            if _at_hand(self, x.device):
+            if at_hand(self, x.device):
                 return self._forward(x, self.weight, self.bias)
             return self.forward_comfy_cast_weights(x, x.dtype, want_requant=True)
-        if x.requires_grad or not _at_hand(self, x.device) or not x.is_floating_point():
+        if x.requires_grad or not at_hand(self, x.device) or not x.is_floating_point():
             return super().forward(x, *args, **kwargs)
         comfy.ops.run_every_op()
         return self._forward(x, self.weight, self.bias)
@@ -166,7 +166,8 @@ def form_of(layer: Any) -> LayerFormat | None:
     return None if layer.weight_function or layer.bias_function else form
 
 
-def _at_hand(layer: Any, device: torch.device) -> bool:
+def at_hand(layer: Any, device: torch.device) -> bool:
+    """Whether a linear's quantised weight lies on ``device`` as it is to be used."""
     weight, bias = layer.weight, layer.bias
     if form_of(layer) is None or not isinstance(weight, QuantizedTensor) or weight.device != device:
         return False

@@ -10,12 +10,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .quantize import store_quantized
+
 
 @triton.jit
 def _modulated_rows(
-    x, update, total, normed, before, weight, after, row, tokens, eps,
+    x, update, total, normed, scales, before, weight, after, row, tokens, eps,
     H: tl.constexpr, BLOCK: tl.constexpr, GATE: tl.constexpr, SHIFT: tl.constexpr,
-    ADD: tl.constexpr, NORM: tl.constexpr,
+    ADD: tl.constexpr, NORM: tl.constexpr, QUANTIZE: tl.constexpr,
 ):  # fmt: skip
     """Rows ``row`` [R, 1] of one stream of one picture."""
     dtype: tl.constexpr = x.dtype.element_ty
@@ -35,7 +37,10 @@ def _modulated_rows(
         factor *= tl.load(weight + column, mask=inside, other=0).to(tl.float32)
         shift = tl.load(after + SHIFT * H + column, mask=inside, other=0).to(tl.float32)
         value *= tl.rsqrt(tl.sum(value * value, 1) / H + eps)[:, None]
-        tl.store(normed + at, (value * factor + shift).to(dtype), mask=ok)
+        if QUANTIZE:
+            store_quantized(value * factor + shift, normed, scales, at, row, ok, row < tokens)
+        else:
+            tl.store(normed + at, (value * factor + shift).to(dtype), mask=ok)
 
 
 @triton.jit(
@@ -45,14 +50,17 @@ def _modulated_rows(
     ]
 )  # fmt: skip
 def add_modulate(
-    img, img_update, img_total, img_normed, img_before, img_weight, img_after, img_tokens,
-    img_before_stride, img_after_stride, img_eps,
-    txt, txt_update, txt_total, txt_normed, txt_before, txt_weight, txt_after, txt_tokens,
-    txt_before_stride, txt_after_stride, txt_eps,
+    img, img_update, img_total, img_normed, img_scales, img_before, img_weight, img_after,
+    img_tokens, img_before_stride, img_after_stride, img_eps,
+    txt, txt_update, txt_total, txt_normed, txt_scales, txt_before, txt_weight, txt_after,
+    txt_tokens, txt_before_stride, txt_after_stride, txt_eps,
     H: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, GATE: tl.constexpr, SHIFT: tl.constexpr,
-    ADD: tl.constexpr, NORM: tl.constexpr,
+    ADD: tl.constexpr, NORM: tl.constexpr, QUANTIZE: tl.constexpr,
 ):  # fmt: skip
-    """Streams [B, T, H]; their tables [B, 6 H] have one row a picture, at strides counted in H."""
+    """Streams [B, T, H]; their tables [B, 6 H] have one row a picture, at strides counted in H.
+
+    With QUANTIZE the normed rows are stored in 8 bits, and fp32 ``scales`` [B, T] with them.
+    """
     program = tl.program_id(0)
     batch = tl.program_id(1).to(tl.int64)
     image_programs = tl.cdiv(img_tokens, ROWS)
@@ -61,15 +69,19 @@ def add_modulate(
         base = batch * img_tokens * H
         _modulated_rows(
             img + base, img_update + base, img_total + base, img_normed + base,
+            img_scales + batch * img_tokens,
             img_before + batch * img_before_stride * H, img_weight, img_after + batch * img_after_stride * H,
-            program * ROWS + lane, img_tokens, img_eps, H, BLOCK, GATE, SHIFT, ADD, NORM,
+            program * ROWS + lane, img_tokens, img_eps,
+            H, BLOCK, GATE, SHIFT, ADD, NORM, QUANTIZE,
         )  # fmt: skip
     else:
         base = batch * txt_tokens * H
         _modulated_rows(
             txt + base, txt_update + base, txt_total + base, txt_normed + base,
+            txt_scales + batch * txt_tokens,
             txt_before + batch * txt_before_stride * H, txt_weight, txt_after + batch * txt_after_stride * H,
-            (program - image_programs) * ROWS + lane, txt_tokens, txt_eps, H, BLOCK, GATE, SHIFT, ADD, NORM,
+            (program - image_programs) * ROWS + lane, txt_tokens, txt_eps,
+            H, BLOCK, GATE, SHIFT, ADD, NORM, QUANTIZE,
         )  # fmt: skip
 
 
@@ -165,3 +177,31 @@ def swiglu(img, img_up, txt, txt_up, img_rows, txt_rows, WIDTH: tl.constexpr, BL
     else:
         at = (program - image_programs) * BLOCK + lane
         _gated(txt, txt_up, at, at < txt_rows.to(tl.int64) * WIDTH)
+
+
+@triton.jit
+def _gated_rows(gate, up, values, scales, row, rows, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Rows ``row`` [R, 1] of one stream."""
+    column = tl.arange(0, BLOCK)[None, :]
+    ok = (row < rows) & (column < WIDTH)
+    at = row * WIDTH + column
+    g = tl.load(gate + at, mask=ok, other=0).to(tl.float32)
+    u = tl.load(up + at, mask=ok, other=0).to(tl.float32)
+    store_quantized(g * tl.sigmoid(g) * u, values, scales, at, row, ok, row < rows)
+
+
+@triton.jit(do_not_specialize=["img_rows", "txt_rows"])
+def swiglu_quantized(
+    img, img_up, img_values, img_scales, txt, txt_up, txt_values, txt_scales, img_rows, txt_rows,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """silu(gate) * up of each stream in 8 bits, with fp32 scales; a program sees whole rows."""
+    program = tl.program_id(0).to(tl.int64)
+    image_programs = tl.cdiv(img_rows, ROWS)
+    lane = tl.arange(0, ROWS)[:, None]
+    if program < image_programs:
+        row = program * ROWS + lane
+        _gated_rows(img, img_up, img_values, img_scales, row, img_rows, WIDTH, BLOCK)
+    else:
+        row = (program - image_programs) * ROWS + lane
+        _gated_rows(txt, txt_up, txt_values, txt_scales, row, txt_rows, WIDTH, BLOCK)

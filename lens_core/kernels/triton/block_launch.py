@@ -12,34 +12,45 @@ import torch
 import triton
 from torch import Tensor
 
-from ..block import EXP2_HEADROOM, HeadNorms, Rows
+from ..block import EXP2_HEADROOM, HeadNorms, Inputs, Rows
 from . import block, joint_attention
+from .linear_launch import empty_rows
 
 # Fastest of 8 to 16 on an H200 at 1024 x 1024 and 1440 x 1440 (rows or numbers a program, warps); others
 # differ by a few per cent, all at the memory's speed.
 _ROWS, _ROW_WARPS = 2, 8
 _TOKENS, _TOKEN_WARPS = 2, 2
 _NUMBERS, _NUMBER_WARPS = 2048, 8
+_GATE_WARPS = 8  # so that a row of 4096 gates and ups is 32 numbers a thread
 _QUERIES, _KEYS = 128, 64
 
 
-def add_modulate(streams: Sequence[Rows], gate: int, shift: int) -> tuple[list[Tensor], list[Tensor]]:
+def add_modulate(
+    streams: Sequence[Rows], gate: int, shift: int, kind: str | None = None
+) -> tuple[list[Tensor], list[Inputs]]:
     """See ``block.add_modulate``."""
     batch, _, hidden = streams[0].x.shape
     add, norm = streams[0].update is not None, streams[0].weight is not None
     totals: list[Tensor] = []
-    normed: list[Tensor] = []
+    normed: list[Inputs] = []
     operands: list[Tensor | float] = []
     for x, update, before, weight, eps, after in streams:
         x = x.contiguous()
         totals.append(torch.empty_like(x) if add else x)
-        if norm:
-            normed.append(torch.empty_like(x))
+        values, scales = x, x
+        if norm and kind is not None:
+            quantized = empty_rows(x, kind)
+            normed.append(quantized)
+            values, scales, _ = quantized
+        elif norm:
+            values = torch.empty_like(x)
+            normed.append(values)
         operands += [
             x,
             x if update is None else update.contiguous(),
             totals[-1],
-            normed[-1] if norm else x,
+            values,
+            scales,
             x if before is None else before,
             x if weight is None else weight,
             x if after is None else after,
@@ -50,7 +61,7 @@ def add_modulate(streams: Sequence[Rows], gate: int, shift: int) -> tuple[list[T
         ]
     programs = sum(triton.cdiv(rows.x.shape[1], _ROWS) for rows in streams)
     if len(streams) == 1:
-        operands += [*operands[:7], 0, 0, 0, 0.0]
+        operands += [*operands[:8], 0, 0, 0, 0.0]
     block.add_modulate[(programs, batch)](
         *operands,
         H=hidden,
@@ -60,6 +71,7 @@ def add_modulate(streams: Sequence[Rows], gate: int, shift: int) -> tuple[list[T
         SHIFT=shift,
         ADD=add,
         NORM=norm,
+        QUANTIZE=kind is not None,
         num_warps=_ROW_WARPS,
     )
     return totals, normed
@@ -157,20 +169,35 @@ def _turn(
     )
 
 
-def swiglu(gates: Sequence[Tensor], ups: Sequence[Tensor]) -> list[Tensor]:
-    """See ``block.swiglu``, in place of the gates."""
+def swiglu(gates: Sequence[Tensor], ups: Sequence[Tensor], kind: str | None = None) -> list[Inputs]:
+    """See ``block.swiglu``; in place of the gates where nothing is quantised."""
     gates, ups = [gate.contiguous() for gate in gates], [up.contiguous() for up in ups]
     width = gates[0].shape[-1]
+    counts = [gate.numel() // width for gate in gates]
+    text = counts[1] if len(gates) == 2 else 0
+    if kind is not None:
+        out = [empty_rows(gate, kind) for gate in gates]
+        block.swiglu_quantized[(sum(counts),)](
+            *(gates[0], ups[0], *out[0][:2]),
+            *(gates[-1], ups[-1], *out[-1][:2]),
+            counts[0],
+            text,
+            WIDTH=width,
+            BLOCK=triton.next_power_of_2(width),
+            ROWS=1,
+            num_warps=_GATE_WARPS,
+        )
+        return list(out)
     programs = sum(triton.cdiv(gate.numel(), _NUMBERS) for gate in gates)
     block.swiglu[(programs,)](
         gates[0],
         ups[0],
         gates[-1],
         ups[-1],
-        gates[0].numel() // width,
-        gates[1].numel() // width if len(gates) == 2 else 0,
+        counts[0],
+        text,
         WIDTH=width,
         BLOCK=_NUMBERS,
         num_warps=_NUMBER_WARPS,
     )
-    return gates
+    return list(gates)

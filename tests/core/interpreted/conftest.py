@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 import os
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -47,11 +48,13 @@ class Fences:
 
     def empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
         """A new one, itself full of marks."""
-        size = math.prod(shape) * dtype.itemsize // 2
-        length = size + 2 * self.WIDTH
-        memory = torch.randint(0x7FC1, 0x8000, (length,), generator=self._generator, dtype=torch.int16)
+        length = math.prod(shape) * dtype.itemsize
+        size = -(-length // 2)
+        whole = size + 2 * self.WIDTH
+        memory = torch.randint(0x7FC1, 0x8000, (whole,), generator=self._generator, dtype=torch.int16)
         self._kept.append((memory, memory.clone(), size))
-        return memory[self.WIDTH : self.WIDTH + size].view(dtype).view(shape)
+        inner = memory[self.WIDTH : self.WIDTH + size]
+        return inner.view(torch.uint8)[:length].view(dtype).view(shape)
 
     def around(self, x: Tensor) -> Tensor:
         """A contiguous copy of x."""
@@ -67,17 +70,39 @@ class Fences:
 
 @pytest.fixture
 def fences(_poisoned_memory: None, monkeypatch: pytest.MonkeyPatch) -> Fences:
-    """Fences that all new 16-bit memory is made in, too."""
-    fences, like, new = Fences(), torch.empty_like, Tensor.new_empty
+    """Fences that all new memory is made in, too."""
+    fences, new = Fences(), Tensor.new_empty
 
-    def empty_like(x: Tensor) -> Tensor:
-        return fences.empty(*x.shape, dtype=x.dtype) if x.dtype.itemsize == 2 else like(x)
+    def empty(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return fences.empty(*shape, dtype=dtype)
 
-    def new_empty(x: Tensor, *shape: int, **options) -> Tensor:
-        if x.dtype.itemsize == 2 and not options and math.prod(shape):
-            return fences.empty(*shape, dtype=x.dtype)
-        return new(x, *shape, **options)
+    def empty_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        return fences.empty(*x.shape, dtype=dtype or x.dtype)
 
+    def new_empty(x: Tensor, *shape: int, dtype: torch.dtype | None = None, **options) -> Tensor:
+        if not options and math.prod(shape):
+            return fences.empty(*shape, dtype=dtype or x.dtype)
+        return new(x, *shape, dtype=dtype, **options)
+
+    monkeypatch.setattr(torch, "empty", empty)
     monkeypatch.setattr(torch, "empty_like", empty_like)
     monkeypatch.setattr(Tensor, "new_empty", new_empty)
     return fences
+
+
+@pytest.fixture
+def float8_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's rounding to float8_e4m3fn in place of the interpreter's, which loses a carry into the
+    exponent. Whether a GPU's is the same, only a test on one can say."""
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    theirs = InterpreterBuilder.create_fp_to_fp
+
+    def convert(self, x, dtype, rounding):
+        if dtype.scalar != tl.float8e4nv:
+            return theirs(self, x, dtype, rounding)
+        numbers = torch.from_numpy(np.ascontiguousarray(x.data)).to(torch.float8_e4m3fn)
+        return TensorHandle(numbers.view(torch.uint8).numpy(), tl.float8e4nv)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_fp_to_fp", convert)

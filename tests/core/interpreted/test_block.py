@@ -15,6 +15,7 @@ from lens_core.tiny.models import DENOISER as TINY
 from tests.compare import relative_l2
 from tests.core import block_cases as cases
 from tests.core import block_formulas as formulas
+from tests.core import quantized_cases as quantized
 
 DTYPES = (torch.float16, torch.bfloat16)
 # A kernel rounds where it stores: up to 2^-11 = 5e-4 in fp16, 2e-4 in the mean. The interpreter cuts fp32 to
@@ -142,6 +143,61 @@ def test_a_residual_stream_of_3e7():
     check_rows([row._replace(x=row.x * 3e9, update=row.update * 3e7) for row in rows], 5, 0)
 
 
+# fp32 rounds some ten times by 2^-24 before a row is quantised, and its reciprocal root by twice that.
+SLACK = 2e-6
+KINDS = ("int8", "float8")
+
+
+def check_quantized_rows(rows: Sequence[Rows], kind: str, gate: int = 5, shift: int = 0) -> None:
+    """Norms are the nearest 8-bit numbers to fp64's, totals to the bit those without quantisation."""
+    totals, normed = block_launch.add_modulate(rows, gate, shift, kind)
+    plain, _ = block_launch.add_modulate(rows, gate, shift)
+    assert all(torch.equal(total, want) for total, want in zip(totals, plain, strict=True))
+    for row, total, norm in zip(rows, totals, normed, strict=True):
+        assert norm.dtype == row.x.dtype
+        quantized.assert_nearest(norm, formulas.normed(total, row, shift), kind, SLACK)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("gate", "shift"), [(5, 0), (2, 3)])
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("tokens", TOKENS, ids=str)
+def test_quantized_norms(
+    tokens: tuple[int, ...], batch: int, gate: int, shift: int, kind: str, float8_of_torch: None
+):
+    rows = cases.rows(tokens, batch, TINY.hidden_size, torch.bfloat16)
+    check_quantized_rows(rows, kind, gate, shift)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("hidden", [1536, 96, 4])
+def test_quantized_norms_of_any_width(hidden: int, kind: str, float8_of_torch: None):
+    rows = cases.rows((3, 2), 2, hidden, torch.float16)
+    check_quantized_rows(rows, kind)
+    check_quantized_rows([row._replace(update=None) for row in rows], kind)
+    assert block_launch.add_modulate([Rows(*row[:3]) for row in rows], 5, 0, kind)[1] == []
+
+
+def test_quantized_norms_of_nothing_and_of_3e7():
+    """A row of zeros without a shift is zeros; a residual stream as large as the checkpoint's, numbers."""
+    rows = cases.rows((2, 1), 1, TINY.hidden_size, torch.bfloat16)
+    check_quantized_rows([row._replace(x=row.x * 3e9, update=row.update * 3e7) for row in rows], "int8")
+    still = [row._replace(x=torch.zeros_like(row.x), update=None, after=0 * row.after) for row in rows]
+    _, normed = block_launch.add_modulate(still, 5, 0, "int8")
+    assert all((norm.values == 0).all() and norm.scale.isfinite().all() for norm in normed)
+
+
+@pytest.mark.parametrize("tokens", [(3,), (1, 3)], ids=str)
+def test_quantized_norms_write_their_results_alone(tokens: tuple[int, ...], fences):
+    rows = []
+    for row in cases.rows(tokens, 2, 96, torch.float16):
+        fenced = {name: fences.around(getattr(row, name)) for name in ("x", "update", "weight")}
+        rows.append(row._replace(**fenced, before=fences.around(row.before), after=fences.around(row.after)))
+    check_quantized_rows(rows, "int8")
+    check_quantized_rows([row._replace(update=None) for row in rows], "int8")
+    fences.assert_intact()
+
+
 def check_heads(
     streams: list[Tensor], tokens: Sequence[int], rotary: Tensor, angle: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -252,6 +308,40 @@ def test_gates_far_from_zero():
     (got,) = block_launch.swiglu([gate.clone()], [torch.full_like(gate, 2.0)])
     assert got[0, 0, :3].tolist() == [0, 0, 0]
     assert torch.equal(got[0, 0, 3:], 2 * gate[0, 0, 3:])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("inner", [TINY.mlp_hidden_size, 4096, 2])
+@pytest.mark.parametrize("tokens", [(1,), (3, 2)], ids=str)
+def test_quantized_gates(
+    tokens: tuple[int, ...], inner: int, dtype: torch.dtype, kind: str, float8_of_torch: None
+):
+    gates, ups = ([torch.randn(2, count, inner).to(dtype) for count in tokens] for _ in range(2))
+    got = block_launch.swiglu([strided(gate) for gate in gates], ups, kind)
+    for x, gate, up in zip(got, gates, ups, strict=True):
+        assert x.dtype == dtype
+        quantized.assert_nearest(x, formulas.gated(gate, up), kind, SLACK)
+
+
+@pytest.mark.parametrize("tokens", [(3,), (1, 3)], ids=str)
+def test_quantized_gates_write_their_results_alone(tokens: tuple[int, ...], fences):
+    gates, ups = ([torch.randn(2, count, 341).half() for count in tokens] for _ in range(2))
+    fenced = [[fences.around(x) for x in streams] for streams in (gates, ups)]
+    for x, gate, up in zip(block_launch.swiglu(*fenced, "int8"), gates, ups, strict=True):
+        quantized.assert_nearest(x, formulas.gated(gate, up), "int8", SLACK)
+    assert all(torch.equal(x, was) for x, was in zip(fenced[1], ups, strict=True))
+    fences.assert_intact()
+
+
+def test_quantized_gates_of_nothing_and_of_1e5():
+    gate = torch.stack([torch.zeros(96), 1.4e5 * torch.randn(96)]).bfloat16()[None]
+    (got,) = block_launch.swiglu([gate.clone()], [torch.full_like(gate, 2.0)], "int8")
+    assert (got.values[0, 0] == 0).all() and got.scale.isfinite().all()
+    # Below -88 silu underflows, which no number of this row is near.
+    quantized.assert_nearest(
+        got, formulas.gated(gate, torch.full_like(gate, 2.0)).nan_to_num(), "int8", SLACK
+    )
 
 
 def test_more_gates_than_31_bits_count():

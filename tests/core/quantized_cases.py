@@ -1,0 +1,68 @@
+"""Quantised weights and rows of every kind, and what they mean, in fp64 and by other means than the
+definitions."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lens_core.quant.layer_format import AFFINE, LayerFormat, float8, int8
+from lens_core.quant.linear import Packed, QuantizedRows, pack_nibbles
+
+LARGEST = {"int8": 127, "float8": 448}
+E5M2 = LayerFormat("float8_e5m2", 8)
+W4A4 = LayerFormat("convrot_w4a4", 4)
+
+
+def weights(rows: int, columns: int, group: int) -> dict[str, tuple[Packed, Tensor]]:
+    """Random ones of every packing, and in fp64; ``group`` divides the columns and is even."""
+    floats = torch.randn(rows, columns)
+    bytes_ = torch.randint(-128, 128, (rows, columns))
+    signed, unsigned = torch.randint(-8, 8, (rows, columns)), torch.randint(0, 16, (rows, columns))
+    one, each = torch.tensor(0.37), 0.1 + torch.rand(rows, 1)
+    scales, zeros = 0.1 + torch.rand(rows, columns // group), torch.randn(rows, columns // group)
+    found = {
+        "e4m3": (Packed(float8, floats.to(torch.float8_e4m3fn), one), None),
+        "e4m3 rows": (Packed(float8, floats.to(torch.float8_e4m3fn), each), None),
+        "e5m2": (Packed(E5M2, floats.to(torch.float8_e5m2), one), None),
+        "int8": (Packed(int8, bytes_.to(torch.int8), each), bytes_),
+        "int8 one scale": (Packed(int8, bytes_.to(torch.int8), one), bytes_),
+    }
+    if columns % 2 == 0:
+        nibbles = pack_nibbles(signed)
+        found["w4a4"] = (Packed(W4A4, nibbles, each), signed)
+        found["w4a4 as int8"] = (Packed(W4A4, nibbles.view(torch.int8), each.flatten()), signed)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        name = str(dtype).removeprefix("torch.")
+        scale, zero = scales.to(dtype), zeros.to(dtype)
+        eight, four = LayerFormat(AFFINE, 8, group), LayerFormat(AFFINE, 4, group)
+        found[f"affine8 {name}"] = (Packed(eight, (bytes_ + 128).to(torch.uint8), scale, zero), bytes_ + 128)
+        if columns % 2 == 0:
+            found[f"affine4 {name}"] = (Packed(four, pack_nibbles(unsigned), scale, zero), unsigned)
+    return {name: (packed, exact(packed, numbers)) for name, (packed, numbers) in found.items()}
+
+
+def exact(packed: Packed, numbers: Tensor | None) -> Tensor:
+    """Numbers [N, K] times their scales plus their zero points, in fp64."""
+    wide = (packed.values if numbers is None else numbers).double()
+    scale = packed.scale.double()
+    if packed.zero is None:
+        return wide * (scale.reshape(-1, 1) if scale.numel() > 1 else scale)
+    repeats = wide.shape[1] // scale.shape[1]
+    spread = [x.double().repeat_interleave(repeats, dim=1) for x in (scale, packed.zero)]
+    return wide * spread[0] + spread[1]
+
+
+def assert_nearest(rows: QuantizedRows, want: Tensor, kind: str, slack: float) -> None:
+    """Rows are the nearest numbers of ``kind`` to fp64 ``want`` with the scale that this gives; ``slack`` is
+    what was rounded before, relative to a row's largest."""
+    top = want.abs().amax(-1, keepdim=True).clamp_min(1e-12)
+    assert rows.scale.dtype == torch.float32 and rows.values.shape == want.shape
+    assert rows.scale.shape == (*want.shape[:-1], 1)
+    assert ((rows.scale * LARGEST[kind] - top).abs() <= top * (slack + 1e-6)).all()
+    step = rows.scale.double()
+    error = (rows.values.double() * step - want).abs()
+    # float8 has 3 bits behind the first, and its smallest number is 2^-9.
+    half = step / 2 if kind == "int8" else torch.maximum(want.abs() / 16, step * 2**-10)
+    # fp32 itself rounds a product by 2^-24 of the row's largest, which is where two numbers are as near.
+    assert (error <= half * (1 + 1e-6) + top * (slack + 1e-6)).all()
