@@ -99,8 +99,8 @@ def from_entry(entry: Any, layer: str) -> LayerFormat:
         raise _unclear(layer, error) from error
     if form.name not in SCALES:
         raise CheckpointError(
-            f"The layer {layer} is quantised as {form.name!r}; this version reads {', '.join(SCALES)}. Choose "
-            "another file."
+            f"The layer {layer} is quantised as {form.name!r}; this version reads {', '.join(SCALES)}. "
+            "Choose another file."
         )
     if form.kind is None:
         return replace(form, full_precision=full_precision)

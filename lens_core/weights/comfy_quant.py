@@ -50,7 +50,7 @@ class _Kept:
         return torch.empty(self.shape, dtype=self.dtype, device="meta")
 
     def read(self, source: Source) -> Tensor:
-        """Bytes stay the bytes that they are, whatever they are called; scales become what they are held in."""
+        """Bytes stay those bytes, whatever they are called; scales become what they are held in."""
         tensor = source.read(None)
         same_bytes = tensor.element_size() == self.dtype.itemsize == 1
         return (tensor.view(self.dtype) if same_bytes else tensor.to(self.dtype)).view(self.shape)
@@ -94,8 +94,8 @@ def _from_metadata(checkpoint: Any) -> dict[str, LayerFormat]:
 
 
 def scaled_layers(linears: Linears) -> dict[str, QuantizedPart]:
-    """Of older files: ``scale_weight`` beside 8-bit floats, whose kind the weight itself tells; two numbers in
-    ``scaled_fp8`` mean that inputs stay as they are."""
+    """Of older files: ``scale_weight`` beside 8-bit floats, whose kind the weight itself tells; two numbers
+    in ``scaled_fp8`` mean that inputs stay as they are."""
     mark = linears.info("scaled_fp8")
     dynamic = mark is None or mark.shape != (2,)
     layers = {}

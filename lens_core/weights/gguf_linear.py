@@ -164,7 +164,7 @@ def empty(size: tuple[int, int], kind: str, device: str = "cpu") -> Packed:
 
 
 def repack(info: TensorInfo, layer: str) -> Packed:
-    """The stored weight [N, K] of a layer, of a type in ``TYPES``, on the CPU, some rows of the file at a time.
+    """The stored weight [N, K] of a layer, of a type in ``TYPES``, on the CPU, some rows of it at a time.
 
     Raises CheckpointError where a scale or zero point is no number, or too large for any good file.
     """

@@ -1,4 +1,4 @@
-"""One quantised linear of a file, and what its readers look up: which tensors there are, how large a layer is."""
+"""One quantised linear of a file, and what its readers look up: which tensors there are, how large it is."""
 
 from __future__ import annotations
 
