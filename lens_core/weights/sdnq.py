@@ -59,9 +59,11 @@ def _layer(linears: Linears, layer: str, config: dict[str, Any]) -> QuantizedPar
     weight = linears.needed(layer, "weight", "SDNQ's uint4")
     scale = linears.needed(layer, "scale", "SDNQ's uint4")
     zero = linears.info(f"{layer}.zero_point")
+    kind = config.get("weights_dtype", "numbers")
+    if zero is None:
+        raise _refused(linears, layer, f"as {kind} without zero points")
     numbers = 2 * torch.Size(weight.shape).numel()
-    if zero is None or weight.dtype != "U8" or numbers != rows * columns or columns % 2:
-        kind = config.get("weights_dtype", "numbers of another kind")
+    if weight.dtype != "U8" or numbers != rows * columns or columns % 2:
         raise _refused(linears, layer, f"as {kind} ({weight.dtype} {list(weight.shape)})")
     groups, rest = divmod(torch.Size(scale.shape).numel(), rows)
     shapes = ((rows, groups, 1), (rows, groups))
