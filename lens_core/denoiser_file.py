@@ -58,7 +58,8 @@ class DenoiserFile:
             log.info("Quantisation: auto keeps %s as it is quantised.", self.checkpoint.name)
             return NONE
         wanted = MODES[quantization].form
-        if any(_alike(part.packed.form, wanted) for part in self.stored.values()):
+        alike = [_alike(part.packed.form, wanted) for part in self.stored.values()]
+        if all(alike) or (any(alike) and wanted.kind is not None):
             return quantization
         log.warning(
             "%s is quantised already (%s), so its weights stay as they are; quantization %s is for files in "

@@ -161,14 +161,17 @@ def write_comfy(
 
 def quantize_comfy(weight: Tensor, form: Comfy) -> tuple[dict[str, Tensor], Tensor]:
     """comfy-kitchen's tensors under the names that a layer gives them, and the fp32 weight they stand for."""
-    from comfy_kitchen.tensor import QuantizedTensor
+    import comfy_kitchen.tensor
 
-    # A scale of one number is computed anew from the largest weight, as scripts that make such files do.
-    anew = {"scale": "recalculate"} if form.layout == "TensorCoreFP8Layout" else {}
-    if form.arguments.get("dtype") == torch.float8_e5m2:
-        anew = {"scale": weight.abs().max() / torch.finfo(torch.float8_e5m2).max}
-    packed = QuantizedTensor.from_float(weight.contiguous(), form.layout, **anew, **form.arguments)
-    return packed.state_dict("weight"), packed.dequantize()
+    layout = getattr(comfy_kitchen.tensor, form.layout)  # and not what ComfyUI has put in its place
+    arguments = dict(form.arguments)
+    if form.layout == "TensorCoreFP8Layout":
+        # From the largest weight, as scripts that make such files have it.
+        dtype = arguments.setdefault("dtype", torch.float8_e4m3fn)
+        arguments["scale"] = weight.abs().max() / torch.finfo(dtype).max
+    values, params = layout.quantize(weight.contiguous(), **arguments)
+    tensors = layout.state_dict_tensors(values, params)
+    return {f"weight{name}": tensor for name, tensor in tensors.items()}, layout.dequantize(values, params)
 
 
 def write_scaled(
