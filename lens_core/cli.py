@@ -1,4 +1,5 @@
-"""``python -m lens_core generate``: pictures from a Lens folder, without ComfyUI; ``cache``: kept features.
+"""``python -m lens_core generate``: pictures from a Lens folder, without ComfyUI; ``cache``: kept features;
+``quantize``: a smaller denoiser.
 
 Flags and their meanings are those of the published inference script, and further ones for the text
 encoder; steps and cfg default to the checkpoint's published settings instead of Lens' for all.
@@ -20,6 +21,7 @@ import torch
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from .cli_quantize import add_quantize, quantize
 from .config import PLACEMENTS, TEMPLATE_DATE, DenoiserConfig, EncoderOptions, Variant
 from .denoiser import DEFAULT_THRESHOLD, STEP_CACHE_OFF, BlockGraphs, StepCacheOptions
 from .errors import LensError, SettingError
@@ -29,6 +31,7 @@ from .interval import WHOLE, Interval
 from .ops import Attention, flash3_on
 from .pipeline import LensPipeline
 from .prompt import check_date, today
+from .quant.policy import CHOICES, NONE
 from .sampling import ASPECT_RATIOS, BASE_RESOLUTIONS, bucket, check_size
 from .sampling.loop import OnStep
 from .weights import variant_of
@@ -46,6 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="python -m lens_core", description="Microsoft's Lens without ComfyUI."
     )
     commands = parser.add_subparsers(dest="command", required=True)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     generate = commands.add_parser(
         "generate", help="make pictures", formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
@@ -62,7 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--n", type=int, default=1, help="pictures per prompt")
     add("--seed", type=int, default=None, help="None: a new one each time, written into the PNG")
     add("--dtype", default="bfloat16", help=f"one of {', '.join(_DTYPES)}")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
+    add("--device", default=device, help="where to compute")
     add("--out", type=Path, default=Path("outputs"), help="folder for the pictures")
     _add_saving_flags(generate)
     _add_speed_flags(generate)
@@ -70,6 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
     cache = commands.add_parser("cache", help="show or clear the text features kept on disk")
     cache.add_argument("--folder", default=default_cache(), metavar="DIR", help="default: %(default)s")
     cache.add_argument("--clear", action="store_true", help="delete them")
+    add_quantize(commands, device)
     return parser
 
 
@@ -87,6 +92,8 @@ def _add_speed_flags(parser: argparse.ArgumentParser) -> None:
     graphs = "record the denoiser's launches once and play them: faster where the GPU waits for the CPU"
     add("--cuda_graphs", action="store_true", help=graphs)
     add("--attention", default="auto", help=f"the denoiser's, one of {', '.join(_ATTENTIONS)}")
+    smaller = f"quantise the denoiser's weights, one of {', '.join(CHOICES)}; auto: if the GPU needs it"
+    add("--quant_transformer", default=NONE, metavar="MODE", help=smaller)
 
 
 def _add_encoder_flags(parser: argparse.ArgumentParser) -> None:
@@ -121,7 +128,9 @@ def generate(args: argparse.Namespace) -> list[Path]:
     prompts = [prompt.strip() for prompt in args.prompt.split("|")]
     device = torch.device(args.device)
     with tqdm(desc="Loading", unit="tensor", leave=False, disable=None) as bar:
-        pipeline = LensPipeline.from_folder(args.repo_id, device, dtype, _count(bar), options)
+        pipeline = LensPipeline.from_folder(
+            args.repo_id, device, dtype, _count(bar), options, args.quant_transformer
+        )
     pipeline.attention, pipeline.graphs = attention, BlockGraphs() if args.cuda_graphs else None
     noise = pipeline.noise(seed, len(prompts) * args.n, size)
     paths = []
@@ -158,7 +167,7 @@ def generate(args: argparse.Namespace) -> list[Path]:
                 "device": device.type,
                 "checkpoint": Path(args.repo_id).resolve().name,
                 "variant": variant.name,
-                **_unusual(options, args.attention, guided, step_cache),
+                **_unusual(options, args.attention, guided, step_cache, pipeline.quantization),
             }
             paths.append(save_png(image, args.out, settings))
     if pipeline.graphs is not None:
@@ -176,6 +185,9 @@ def _check(args: argparse.Namespace) -> tuple[torch.dtype, Variant, tuple[int, i
     if args.dtype not in _DTYPES:
         reason = " (float16 overflows: Lens' values reach 1.4e5)" if args.dtype == "float16" else ""
         raise SettingError(f"--dtype must be one of {', '.join(_DTYPES)}, got {args.dtype}{reason}.")
+    if args.quant_transformer not in CHOICES:
+        listed = ", ".join(CHOICES)
+        raise SettingError(f"--quant_transformer must be one of {listed}, got {args.quant_transformer}.")
     for flag, value in (("--n", args.n), ("--steps", args.steps)):
         if value is not None and value < 1:
             raise SettingError(f"{flag} must be at least 1, got {value}.")
@@ -266,7 +278,11 @@ def _cache_folder(flag: str, value: str) -> Path | None:
 
 
 def _unusual(
-    options: EncoderOptions, attention: str, guided: Interval, step_cache: StepCacheOptions
+    options: EncoderOptions,
+    attention: str,
+    guided: Interval,
+    step_cache: StepCacheOptions,
+    quantization: str,
 ) -> dict[str, Any]:
     """Settings for the PNG that are not the default; kept text features and CUDA graphs change nothing."""
     usual = EncoderOptions()
@@ -278,6 +294,7 @@ def _unusual(
         "guidance_interval": ([guided.start, guided.end], [WHOLE.start, WHOLE.end]),
         "step_cache": (step_cache.threshold, STEP_CACHE_OFF.threshold),
         "attention": (attention, "auto"),
+        "quant_transformer": (quantization, NONE),
     }
     return {name: value for name, (value, default) in settings.items() if value != default}
 
@@ -318,9 +335,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args.command == "cache":
             print(show_cache(args))
-            return 0
-        for path in generate(args):
-            print(path)
+        elif args.command == "quantize":
+            _check_device(args.device)
+            print(quantize(args))
+        else:
+            for path in generate(args):
+                print(path)
     except LensError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

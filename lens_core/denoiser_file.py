@@ -31,6 +31,7 @@ class DenoiserFile:
     """What a path holds. Raises CheckpointError where that is no Lens denoiser."""
 
     def __init__(self, path: Path) -> None:
+        self.path = path
         self.checkpoint: AnyCheckpoint = GgufCheckpoint(path) if is_gguf(path) else open_checkpoint(path)
         self.config = denoiser_config(self.checkpoint)
         self.sizes = _linears(LensDenoiser(self.config, device="meta"))

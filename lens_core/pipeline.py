@@ -16,8 +16,9 @@ from .encoder import no_features
 from .errors import SettingError
 from .feature_cache import FeatureCache
 from .interval import WHOLE, Interval
-from .loading import load_denoiser, load_vae, open_encoder
+from .loading import load_denoiser, load_vae, open_denoiser, open_encoder
 from .ops import Attention
+from .quant.policy import NONE
 from .sampling import (
     euler,
     norm_rescaled_guidance,
@@ -41,7 +42,7 @@ _WORKING_MEMORY = 6 << 30
 class LensPipeline:
     """The components of a Lens folder on one device; the text encoder is read when a prompt needs it.
 
-    ``attention`` and ``graphs`` are the denoiser's.
+    ``attention`` and ``graphs`` are the denoiser's; ``quantization`` is what its weights were quantised by.
     """
 
     text: TextEncoder
@@ -52,6 +53,7 @@ class LensPipeline:
     options: EncoderOptions = ENCODER_OPTIONS
     attention: Attention | None = None
     graphs: BlockGraphs | None = None
+    quantization: str = NONE
 
     @classmethod
     def from_folder(
@@ -61,14 +63,20 @@ class LensPipeline:
         dtype: torch.dtype,
         on_tensor: OnTensor | None = None,
         options: EncoderOptions = ENCODER_OPTIONS,
+        quantization: str = NONE,
     ) -> LensPipeline:
-        """Load a folder in diffusers' layout; ``on_tensor(done, total)`` counts in each component."""
+        """Load a folder in diffusers' layout; ``on_tensor(done, total)`` counts in each component.
+
+        ``quantization`` is one of ``policy.CHOICES``, for the denoiser.
+        """
         file = open_encoder(folder)
         kept = None if options.feature_cache is None else FeatureCache(options.feature_cache)
         text = TextEncoder(file, dtype, dense=options.dense, features=kept)
-        denoiser = load_denoiser(folder, dtype, on_tensor=on_tensor)
+        mode = open_denoiser(folder).mode(quantization, device)
+        denoiser = load_denoiser(folder, dtype, on_tensor=on_tensor, quantization=mode, device=device)
         vae = load_vae(folder, dtype, on_tensor)
-        return cls(text, denoiser.to(device), vae.to(device), device, dtype, options)
+        placed = denoiser.to(device), vae.to(device)
+        return cls(text, *placed, device, dtype, options, quantization=mode)
 
     @torch.inference_mode()
     def __call__(

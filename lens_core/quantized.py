@@ -31,6 +31,7 @@ class QuantizedLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.form = packed.form
+        self._names = ("weight", *SCALES[packed.form.name])
         self.in_features, self.out_features = in_features, out_features
         for name, tensor in tensors_of(packed).items():
             self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
@@ -39,8 +40,7 @@ class QuantizedLinear(nn.Module):
 
     def packed(self) -> Packed:
         """The weight."""
-        tensors = (cast(Tensor, self._parameters[name]) for name in ("weight", *SCALES[self.form.name]))
-        return Packed(self.form, *tensors)
+        return Packed(self.form, *[cast(Tensor, self._parameters[name]) for name in self._names])
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         """The weight [N, K] in ``dtype``."""

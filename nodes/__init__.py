@@ -8,6 +8,7 @@ from .encode import LensClearFeatureCache, LensTextEncode
 from .host.paths import register_folders
 from .latent import LensEmptyLatent
 from .load import LensEncoderLoader, LensModelLoader, LensVAELoader
+from .quantize import LensQuantizeModel
 from .sample import LensGuider, LensNoise, LensSampler, LensScheduler
 from .step_cache import LensStepCache
 
@@ -23,6 +24,7 @@ class LensExtension(ComfyExtension):
         """Every node of the pack."""
         return [
             LensModelLoader,
+            LensQuantizeModel,
             LensAccelerate,
             LensEncoderLoader,
             LensVAELoader,

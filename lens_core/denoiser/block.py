@@ -42,8 +42,8 @@ class Shared:
     ``rotary`` [2, N + S, D / 2] in fp32, ``mask`` None or additive [B, 1, 1, N + S]. ``attention`` None is
     the kernels' own in the ``bounded`` layers, PyTorch's in others and under a mask. ``weight_of`` gives a
     norm's weight as its caller's operations would use it beside x, ``form_of`` how a linear is quantised, if
-    it is, and ``packed_of`` its weight where it is at hand on a device. ``text_queries``: the last block too asks with the text's queries, though no one reads the answers
-    (an attention override may count on them).
+    it is, and ``packed_of`` its weight where it is at hand on a device. ``text_queries``: the last block too
+    asks with the text's queries, though no one reads the answers (an attention override may count on them).
     """
 
     kernels: BlockKernels
@@ -62,7 +62,8 @@ class Shared:
         form = self.form_of(layers[0])
         if form is None or form.inputs is None or form.rotation:
             return None
-        if any(self.form_of(layer) != form for layer in layers[1:]):
+        others = [self.form_of(layer) for layer in layers[1:]]
+        if any(other is not form and other != form for other in others):
             return None
         return self.linears.inputs_of(form, (layers[0].out_features, layers[0].in_features))
 

@@ -42,7 +42,7 @@ class LinearKernels:
     why_not: Callable[[LayerFormat, tuple[int, int]], str | None] = _no_limit
 
     def inputs_of(self, form: LayerFormat, size: tuple[int, int]) -> str | None:
-        """The kind that inputs of a layer of ``size`` (N, K) in ``form`` are quantised to here, if they are."""
+        """What inputs of a layer of ``size`` (N, K) in ``form`` are quantised to here, if they are."""
         return None if form.inputs is None or self.why_not(form, size) is not None else form.inputs
 
 
@@ -74,7 +74,7 @@ def linear(x: Inputs, packed: Packed, bias: Tensor | None, kernels: LinearKernel
 def linears(
     streams: Sequence[Inputs], weights: Sequence[Packed], biases: Biases, kernels: LinearKernels
 ) -> list[Tensor]:
-    """[B, T, N] of each stream's inputs [B, T, K]; those that are quantised already are turned already, too."""
+    """[B, T, N] of each stream's inputs [B, T, K]; quantised ones are not turned by a rotation again."""
     if not _alike(streams, weights):
         parts = zip(streams, weights, biases, strict=True)
         return [linear(x, packed, bias, kernels) for x, packed, bias in parts]

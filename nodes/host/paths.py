@@ -12,7 +12,7 @@ from pathlib import Path
 
 import folder_paths
 
-from ...lens_core.errors import CheckpointError
+from ...lens_core.errors import CheckpointError, SettingError
 from ...lens_core.loading import SUBFOLDERS, component_path
 
 _HOST_FOLDER = {"denoiser": "diffusion_models", "encoder": "text_encoders", "vae": "vae"}
@@ -48,6 +48,27 @@ def path_of(component: str, name: str) -> Path:
             "Press R to refresh the list."
         )
     return folder
+
+
+def new_path(component: str, name: str) -> tuple[Path, str]:
+    """Where a file called ``name`` is to be written, and the option that it will be; raises SettingError for
+    a name that leaves the component's folder, or that stands for another file."""
+    key = _HOST_FOLDER[component]
+    roots = folder_paths.get_folder_paths(key)
+    # ComfyUI searches models/unet too, and first.
+    root = Path(os.path.abspath(next((root for root in roots if os.path.basename(root) == key), roots[0])))
+    path = Path(os.path.abspath(root / name))
+    if not path.is_relative_to(root) or path.name.startswith(".") or not name.isprintable():
+        raise SettingError(
+            f"The file name {name!r} is none below {root}. Give a name, or a folder in there and a name."
+        )
+    option = str(path.relative_to(root))
+    found = folder_paths.get_full_path(key, option)
+    if found is not None and os.path.abspath(found) != str(path):
+        raise SettingError(
+            f"{option} is in {found} already, where it would be found first. Give another name."
+        )
+    return path, option
 
 
 def stamp(component: str, name: str | None) -> str:

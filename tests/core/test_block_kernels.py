@@ -17,8 +17,9 @@ from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends
 
 from lens_core import ops
 from lens_core.kernels import EAGER_BLOCK, BlockKernels, backend, block, block_registry, choose_block
-from lens_core.kernels.block import HeadNorms, Rows, score_bound
+from lens_core.kernels.block import HeadNorms, Inputs, Rows, score_bound
 from lens_core.ops import cudnn_sdpa, fastest_attention, padding_mask, sdpa
+from lens_core.quant.linear import QuantizedRows
 from tests.compare import relative_l2
 from tests.core import block_cases as cases
 from tests.core import block_formulas as formulas
@@ -232,6 +233,11 @@ def test_a_self_test_that_raises(gpu, monkeypatch, caplog: pytest.LogCaptureFixt
     assert reason.startswith("the self-test failed (OSError: gcc: not found") and len(reason) < 300
 
 
+def larger(x: Inputs) -> Inputs:
+    """Too large by 2 %."""
+    return x._replace(scale=x.scale * 1.02) if isinstance(x, QuantizedRows) else x * 1.02
+
+
 ONES: BlockKernels = replace(EAGER_BLOCK, name="ours", attend=block.attend)
 # Each result of each operation, by the path to it.
 RESULTS = [
@@ -249,17 +255,20 @@ RESULTS = [
 ]
 
 
-def spoilt(operation: Callable[..., Any], path: tuple[int, ...]) -> Callable[..., Any]:
-    """The operation with one of its results, where there is such a one, 2 % too large."""
+def spoilt(operation: Callable[..., Any], path: tuple[int, ...], *kinds: str) -> Callable[..., Any]:
+    """The operation with one of its results, where there is such a one, 2 % too large; with ``kinds``, only
+    where it is to be quantised."""
 
     def run(*args: Any) -> Any:
         results = operation(*args)
+        if kinds and args[-1:] != kinds:
+            return results
         parent = results
         for index in path[:-1]:
             parent = parent[index]
         if path[-1] < len(parent):
             values = list(parent)
-            values[path[-1]] = values[path[-1]] * 1.02
+            values[path[-1]] = larger(values[path[-1]])
             results = [values if parent is x else x for x in results] if len(path) > 1 else values
         return results
 
@@ -277,17 +286,27 @@ def test_the_self_test_notices_every_wrong_result(operation: str, path: tuple[in
         assert error == 0 if right else error >= backend.SELF_TEST_LIMIT
 
 
+@pytest.mark.parametrize(
+    ("operation", "path"),
+    [("add_modulate", (1, 0)), ("add_modulate", (1, 1)), ("swiglu", (0,)), ("swiglu", (1,))],
+)
+def test_the_self_test_notices_wrong_8_bit_numbers(operation: str, path: tuple[int, ...], monkeypatch):
+    broken = replace(ONES, **{operation: spoilt(getattr(ONES, operation), path, "int8")})
+    monkeypatch.setattr(block_registry, "triton_block_kernels", lambda: broken)
+    assert block_registry.difference(CPU, torch.bfloat16, 8) >= backend.SELF_TEST_LIMIT
+
+
 def confused(name: str) -> Callable[..., Any]:
     """``add_modulate`` or ``joint_heads`` with one input taken for another."""
 
-    def rows(streams: list[Rows], gate: int, shift: int) -> Any:
+    def rows(streams: list[Rows], gate: int, shift: int, *kinds: str) -> Any:
         if name == "gate":
             gate = (gate + 1) % 6
         if name == "tables":
             streams = [row._replace(after=row.before) for row in streams]
         if name == "epsilon":
             streams = [row._replace(eps=0.1) for row in streams]
-        return block.add_modulate(streams, gate, shift + 1 if name == "shift" else shift)
+        return block.add_modulate(streams, gate, shift + 1 if name == "shift" else shift, *kinds)
 
     def heads(streams: list[Tensor], norms: list[HeadNorms], rotary: Tensor) -> Any:
         return block.joint_heads(streams, norms[:1] * len(streams), rotary)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lens_core.quant.policy import MODES
 from lens_core.sampling import ASPECT_RATIOS, BASE_RESOLUTIONS, bucket
 from scripts.workflow import to_prompt
 
@@ -22,6 +23,11 @@ NODES = {
         "Lens Model Loader",
         ["model_name", "dtype"],
         [("MODEL", "MODEL"), ("steps", "INT"), ("cfg", "FLOAT")],
+    ),
+    "LensQuantizeModel": (
+        "Lens Quantize Model",
+        ["model_name", "quantization", "file_name", "overwrite"],
+        [("file_name", "STRING")],
     ),
     "LensAccelerate": (
         "Lens Accelerate",
@@ -70,6 +76,9 @@ NODES = {
 # Values that a workflow stores, by node and input: (type, default).
 SETTINGS = {
     ("LensModelLoader", "dtype"): (["auto", "bfloat16", "float32"], "auto"),
+    ("LensQuantizeModel", "quantization"): (list(MODES), "float8_dynamic"),
+    ("LensQuantizeModel", "file_name"): ("STRING", ""),
+    ("LensQuantizeModel", "overwrite"): ("BOOLEAN", False),
     ("LensAccelerate", "cuda_graphs"): ("BOOLEAN", True),
     ("LensAccelerate", "attention"): (["auto", "host", "flash_attn3"], "auto"),
     ("LensEmptyLatent", "base_resolution"): (["512", "768", "1024", "1440"], "1024"),
@@ -191,6 +200,8 @@ def test_what_older_workflows_lack_is_optional(host):
         ("LensSampler", "guidance_end"),
         ("LensGuider", "guidance_start"),
         ("LensGuider", "guidance_end"),
+        ("LensQuantizeModel", "file_name"),
+        ("LensQuantizeModel", "overwrite"),
     }
     _, negative = host.run("LensTextEncode", clip=_EchoClip(), prompt="x")
     assert negative == "encoded ''"

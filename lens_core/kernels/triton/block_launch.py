@@ -9,11 +9,11 @@ import math
 from collections.abc import Sequence
 
 import torch
-import triton
 from torch import Tensor
 
 from ..block import EXP2_HEADROOM, HeadNorms, Inputs, Rows
 from . import block, joint_attention
+from .launcher import cdiv, launch, power_of_2
 from .linear_launch import empty_rows
 
 # Fastest of 8 to 16 on an H200 at 1024 x 1024 and 1440 x 1440 (rows or numbers a program, warps); others
@@ -59,21 +59,20 @@ def add_modulate(
             0 if after is None else after.stride(0) // hidden,
             eps,
         ]
-    programs = sum(triton.cdiv(rows.x.shape[1], _ROWS) for rows in streams)
+    programs = sum(cdiv(rows.x.shape[1], _ROWS) for rows in streams)
     if len(streams) == 1:
         operands += [*operands[:8], 0, 0, 0, 0.0]
-    block.add_modulate[(programs, batch)](
-        *operands,
-        H=hidden,
-        BLOCK=triton.next_power_of_2(hidden),
-        ROWS=_ROWS,
-        GATE=gate,
-        SHIFT=shift,
-        ADD=add,
-        NORM=norm,
-        QUANTIZE=kind is not None,
-        num_warps=_ROW_WARPS,
-    )
+    constants = {
+        "H": hidden,
+        "BLOCK": power_of_2(hidden),
+        "ROWS": _ROWS,
+        "GATE": gate,
+        "SHIFT": shift,
+        "ADD": add,
+        "NORM": norm,
+        "QUANTIZE": kind is not None,
+    }
+    launch(block.add_modulate, (programs, batch), operands, constants, _ROW_WARPS)
     return totals, normed
 
 
@@ -108,23 +107,14 @@ def attend(
     _turn(streams, streams, norms, rotary, (1, 3 * tokens, 3 * text, 3), q_factor=factor)
     asking = streams[:1] if image_only else streams
     out = [qkv.new_empty(batch, qkv.shape[1], width // 3) for qkv in asking]
-    programs = sum(triton.cdiv(qkv.shape[1], _QUERIES) for qkv in asking)
+    programs = sum(cdiv(qkv.shape[1], _QUERIES) for qkv in asking)
     heads = width // (3 * dim)
-    joint_attention.attend[(programs, heads, batch)](
-        streams[0],
-        streams[-1],
-        out[0],
-        out[-1],
-        norms[0].k,
-        norms[-1].k,
-        tokens,
-        text,
-        EXP2_HEADROOM,
-        HEADS=heads,
-        D=dim,
-        M=_QUERIES,
-        N=_KEYS,
-        STAGES=3,
+    gains = norms[0].k, norms[-1].k
+    launch(
+        joint_attention.attend,
+        (programs, heads, batch),
+        (streams[0], streams[-1], out[0], out[-1], *gains, tokens, text, EXP2_HEADROOM),
+        {"HEADS": heads, "D": dim, "M": _QUERIES, "N": _KEYS, "STAGES": 3},
         num_warps=8,
         maxnreg=128,  # so that two programs share a multiprocessor and fill each other's waits
     )
@@ -147,26 +137,17 @@ def _turn(
     dim = 2 * rotary.shape[-1]
     heads = width // (3 * dim)
     text = txt.shape[1] if len(streams) == 2 else 0
-    programs = sum(triton.cdiv(qkv.shape[1], _TOKENS) for qkv in streams)
-    block.turn_heads[(programs, parts, batch)](
-        img,
-        txt,
-        out[0],
-        out[-1],
-        rotary.contiguous(),
-        *norms[0],
-        *norms[-1],
-        q_factor,
-        tokens,
-        text,
-        *strides[:3],
-        HEADS=heads,
-        GROUP=heads & -heads,
-        D=dim,
-        ROWS=_TOKENS,
-        TOKEN_STRIDE=strides[3],
-        num_warps=_TOKEN_WARPS,
-    )
+    programs = sum(cdiv(qkv.shape[1], _TOKENS) for qkv in streams)
+    constants = {
+        "HEADS": heads,
+        "GROUP": heads & -heads,
+        "D": dim,
+        "ROWS": _TOKENS,
+        "TOKEN_STRIDE": strides[3],
+    }
+    given = (*norms[0], *norms[-1], q_factor)
+    operands = (img, txt, out[0], out[-1], rotary.contiguous(), *given, tokens, text, *strides[:3])
+    launch(block.turn_heads, (programs, parts, batch), operands, constants, _TOKEN_WARPS)
 
 
 def swiglu(gates: Sequence[Tensor], ups: Sequence[Tensor], kind: str | None = None) -> list[Inputs]:
@@ -177,27 +158,13 @@ def swiglu(gates: Sequence[Tensor], ups: Sequence[Tensor], kind: str | None = No
     text = counts[1] if len(gates) == 2 else 0
     if kind is not None:
         out = [empty_rows(gate, kind) for gate in gates]
-        block.swiglu_quantized[(sum(counts),)](
-            *(gates[0], ups[0], *out[0][:2]),
-            *(gates[-1], ups[-1], *out[-1][:2]),
-            counts[0],
-            text,
-            WIDTH=width,
-            BLOCK=triton.next_power_of_2(width),
-            ROWS=1,
-            num_warps=_GATE_WARPS,
-        )
+        image, words = (gates[0], ups[0], *out[0][:2]), (gates[-1], ups[-1], *out[-1][:2])
+        constants = {"WIDTH": width, "BLOCK": power_of_2(width), "ROWS": 1}
+        rows = (*image, *words, counts[0], text)
+        launch(block.swiglu_quantized, (sum(counts),), rows, constants, _GATE_WARPS)
         return list(out)
-    programs = sum(triton.cdiv(gate.numel(), _NUMBERS) for gate in gates)
-    block.swiglu[(programs,)](
-        gates[0],
-        ups[0],
-        gates[-1],
-        ups[-1],
-        counts[0],
-        text,
-        WIDTH=width,
-        BLOCK=_NUMBERS,
-        num_warps=_NUMBER_WARPS,
-    )
+    programs = sum(cdiv(gate.numel(), _NUMBERS) for gate in gates)
+    constants = {"WIDTH": width, "BLOCK": _NUMBERS}
+    operands = (gates[0], ups[0], gates[-1], ups[-1], counts[0], text)
+    launch(block.swiglu, (programs,), operands, constants, _NUMBER_WARPS)
     return list(gates)

@@ -1,4 +1,4 @@
-"""Quantised weights unpacked, and products of 8-bit integers.
+"""Quantised weights unpacked, and products of 8-bit numbers.
 
 Each kernel takes the image's and the text's layer in one launch (the first programs are the image's). The
 number of tokens is not specialised, so that nothing is compiled again for another picture; a layer's sizes
@@ -61,7 +61,7 @@ def _unpacked(
     tl.store(out + at, number.to(out.dtype.element_ty), mask=ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunks"])
 def unpack(
     img, img_scale, img_zero, img_out, txt, txt_scale, txt_zero, txt_out, chunks,
     WIDTH: tl.constexpr, PER: tl.constexpr, BITS: tl.constexpr, MANTISSA: tl.constexpr, ZERO: tl.constexpr,
@@ -95,7 +95,7 @@ def _scaled(
     total, row_scale, column_scale, bias, row, column, M,
     N: tl.constexpr, ONE_SCALE: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
-    """Sums [BM, BN] in int32 times their scales, and the bias added, in fp32."""
+    """Sums [BM, BN] times their scales, and the bias added, in fp32."""
     inside = column < N
     out = total.to(tl.float32) * tl.load(row_scale + row, mask=row < M, other=0)[:, None]
     if ONE_SCALE:
@@ -113,26 +113,34 @@ def _product(
     N: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     GROUP: tl.constexpr, STAGES: tl.constexpr, ONE_SCALE: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
-    """One tile of one stream: int8 x [M, K] and weight [N, K] -> out [M, N]."""
+    """One tile of one stream: 8-bit x [M, K] and weight [N, K] -> out [M, N]. Integers are summed exactly."""
+    sums: tl.constexpr = tl.int32 if x.dtype.element_ty == tl.int8 else tl.float32
     tile_row, tile_column = _tile(index, tl.cdiv(M, BM), tl.cdiv(N, BN), GROUP)
     row, column = tile_row * BM + tl.arange(0, BM), tile_column * BN + tl.arange(0, BN)
     lane = tl.arange(0, BK)
     # Beyond the edges the first rows are read again, and nothing is stored.
     x_at = x + tl.where(row < M, row, 0).to(tl.int64)[:, None] * K + lane[None, :]
     weight_at = weight + tl.where(column < N, column, 0)[None, :] * K + lane[:, None]
-    total = tl.zeros((BM, BN), tl.int32)
+    total = tl.zeros((BM, BN), sums)
     for k in tl.range(0, K, BK, num_stages=STAGES):
         if K % BK == 0:
             a, b = tl.load(x_at), tl.load(weight_at)
         else:
             a = tl.load(x_at, mask=(lane < K - k)[None, :], other=0)
             b = tl.load(weight_at, mask=(lane < K - k)[:, None], other=0)
-        total = tl.dot(a, b, total, out_dtype=tl.int32)
+        total = tl.dot(a, b, total, out_dtype=sums)
         x_at += BK
         weight_at += BK
     result = _scaled(total, row_scale, column_scale, bias, row, column, M, N, ONE_SCALE, BIAS)
     at = out + row.to(tl.int64)[:, None] * N + column[None, :]
     tl.store(at, result.to(out.dtype.element_ty), mask=(row < M)[:, None] & (column < N)[None, :])
+
+
+@triton.jit
+def _either(img, txt, second):
+    """The second of two pointers or the first; the compiler still knows that 16 bytes are a step of both."""
+    apart = (txt.to(tl.int64) - img.to(tl.int64)) // 16
+    return img + tl.where(second, apart, 0) * (128 // img.dtype.element_ty.primitive_bitwidth)
 
 
 @triton.jit(do_not_specialize=["img_rows", "txt_rows"])
@@ -142,16 +150,21 @@ def multiply(
     N: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     GROUP: tl.constexpr, STAGES: tl.constexpr, ONE_SCALE: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
-    """int8 streams [rows, K] and their weights [N, K] -> [rows, N]; one tile a program."""
+    """8-bit streams [rows, K] and their weights [N, K] -> [rows, N]; one tile a program.
+
+    The stream is chosen before the product: with one for each in the code, each would have its own shared
+    memory, and one program fit on a multiprocessor instead of two.
+    """
     index = tl.program_id(0)
     image_tiles = tl.cdiv(img_rows, BM) * tl.cdiv(N, BN)
-    if index < image_tiles:
-        _product(
-            img, img_weight, img_out, img_row_scale, img_column_scale, img_bias, index, img_rows,
-            N, K, BM, BN, BK, GROUP, STAGES, ONE_SCALE, BIAS,
-        )  # fmt: skip
-    else:
-        _product(
-            txt, txt_weight, txt_out, txt_row_scale, txt_column_scale, txt_bias, index - image_tiles,
-            txt_rows, N, K, BM, BN, BK, GROUP, STAGES, ONE_SCALE, BIAS,
-        )  # fmt: skip
+    text = index >= image_tiles
+    x, weight = _either(img, txt, text), _either(img_weight, txt_weight, text)
+    out = _either(img_out, txt_out, text)
+    row_scale, column_scale, bias, rows = img_row_scale, img_column_scale, img_bias, img_rows
+    if text:
+        row_scale, column_scale, bias, rows = txt_row_scale, txt_column_scale, txt_bias, txt_rows
+        index -= image_tiles
+    _product(
+        x, weight, out, row_scale, column_scale, bias, index, rows,
+        N, K, BM, BN, BK, GROUP, STAGES, ONE_SCALE, BIAS,
+    )  # fmt: skip

@@ -11,7 +11,6 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from ...quant import linear as quant
@@ -20,6 +19,7 @@ from .. import backend
 from ..linear import Biases
 from ..linear import unpack as plain_unpack
 from . import linear, quantize
+from .launcher import cdiv, launch, power_of_2
 
 # 2 rows by 8 warps read and write at the memory's speed in the denoiser's norms, which do the same.
 _ROWS, _ROW_WARPS = 2, 8
@@ -54,15 +54,17 @@ def quantize_rows(streams: Sequence[Tensor], kind: str) -> list[QuantizedRows]:
     width = streams[0].shape[-1]
     counts = [x.numel() // width for x in streams]
     img, txt = out[0], out[-1]
-    quantize.quantize_rows[(sum(triton.cdiv(count, _ROWS) for count in counts),)](
-        *(streams[0], img.values, img.scale),
-        *(streams[-1], txt.values, txt.scale),
-        counts[0],
-        counts[1] if len(counts) == 2 else 0,
-        WIDTH=width,
-        BLOCK=triton.next_power_of_2(width),
-        ROWS=_ROWS,
-        num_warps=_ROW_WARPS,
+    launch(
+        quantize.quantize_rows,
+        (sum(cdiv(count, _ROWS) for count in counts),),
+        (
+            *(streams[0], img.values, img.scale),
+            *(streams[-1], txt.values, txt.scale),
+            counts[0],
+            counts[1] if len(counts) == 2 else 0,
+        ),
+        {"WIDTH": width, "BLOCK": power_of_2(width), "ROWS": _ROWS},
+        _ROW_WARPS,
     )
     return out
 
@@ -79,9 +81,9 @@ def unpack(weights: Sequence[Packed], dtype: torch.dtype) -> list[Tensor]:
         (_bytes(packed), packed.scale, packed.scale if packed.zero is None else packed.zero, result)
         for packed, result in ((weights[0], out[0]), (weights[-1], out[-1]))
     )
-    programs = triton.cdiv(rows * columns, _NUMBERS)
+    programs = cdiv(rows * columns, _NUMBERS)
     chunks = rows * columns // options["WIDTH"]
-    linear.unpack[(programs, len(weights))](*img, *txt, chunks, num_warps=_NUMBER_WARPS, **options)
+    launch(linear.unpack, (programs, len(weights)), (*img, *txt, chunks), options, _NUMBER_WARPS)
     return out
 
 
@@ -116,7 +118,7 @@ def why_not_multiply(rows: int, columns: int) -> str | None:
 
 
 def multiply(streams: Sequence[QuantizedRows], weights: Sequence[Packed], biases: Biases) -> list[Tensor]:
-    """[B, T, N] of int8 streams [B, T, K] and weights that ``why_not_multiply`` lets pass."""
+    """[B, T, N] of 8-bit streams [B, T, K] and weights that ``why_not_multiply`` lets pass."""
     rows, columns = weights[0].values.shape
     out = [x.scale.new_empty(*x.values.shape[:-1], rows, dtype=x.dtype) for x in streams]
     counts = [x.values.numel() // columns for x in streams]
@@ -125,22 +127,23 @@ def multiply(streams: Sequence[QuantizedRows], weights: Sequence[Packed], biases
         (_aligned(x.values), _aligned(packed.values), y, x.scale, packed.scale, y if bias is None else bias)
         for x, packed, y, bias in zip(streams, weights, out, biases, strict=True)
     ]
-    tiles = sum(triton.cdiv(count, tile.rows) for count in counts) * triton.cdiv(rows, tile.columns)
-    linear.multiply[(tiles,)](
-        *layers[0],
-        *layers[-1],
-        counts[0],
-        counts[1] if len(counts) == 2 else 0,
-        N=rows,
-        K=columns,
-        BM=tile.rows,
-        BN=tile.columns,
-        BK=tile.inner,
-        GROUP=_GROUP,
-        STAGES=tile.stages,
-        ONE_SCALE=weights[0].scale.numel() == 1,
-        BIAS=biases[0] is not None,
-        num_warps=tile.warps,
+    tiles = sum(cdiv(count, tile.rows) for count in counts) * cdiv(rows, tile.columns)
+    launch(
+        linear.multiply,
+        (tiles,),
+        (*layers[0], *layers[-1], counts[0], counts[1] if len(counts) == 2 else 0),
+        {
+            "N": rows,
+            "K": columns,
+            "BM": tile.rows,
+            "BN": tile.columns,
+            "BK": tile.inner,
+            "GROUP": _GROUP,
+            "STAGES": tile.stages,
+            "ONE_SCALE": weights[0].scale.numel() == 1,
+            "BIAS": biases[0] is not None,
+        },
+        tile.warps,
     )
     return out
 
@@ -148,8 +151,8 @@ def multiply(streams: Sequence[QuantizedRows], weights: Sequence[Packed], biases
 @cache
 def choose_tile(m: int, n: int, multiprocessors: int) -> Tile:
     """The fastest for [m, n], of 13 on an H200 for 4096 and 8100 tokens: by plain pointers as fast as by
-    tensor descriptors, whose launch takes the CPU four times as long. Small products take small tiles, so that
-    all multiprocessors have work."""
+    tensor descriptors, whose launch takes the CPU four times as long. Small products take small tiles, so
+    that all multiprocessors have work."""
     tiles = -(-m // 128) * -(-n // 128)
     if tiles < multiprocessors:
         return Tile(64, 128, 128, 4, 3)
@@ -158,7 +161,7 @@ def choose_tile(m: int, n: int, multiprocessors: int) -> Tile:
 
 
 def _aligned(x: Tensor) -> Tensor:
-    return x if x.data_ptr() % _ALIGNED == 0 else x.clone()
+    return x.clone() if x.data_ptr() % _ALIGNED else x
 
 
 @cache

@@ -73,8 +73,8 @@ def fences(_poisoned_memory: None, monkeypatch: pytest.MonkeyPatch) -> Fences:
     """Fences that all new memory is made in, too."""
     fences, new = Fences(), Tensor.new_empty
 
-    def empty(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        return fences.empty(*shape, dtype=dtype)
+    def empty(*shape, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
+        return fences.empty(*(shape[0] if isinstance(shape[0], torch.Size) else shape), dtype=dtype)
 
     def empty_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         return fences.empty(*x.shape, dtype=dtype or x.dtype)
