@@ -129,5 +129,5 @@ def _parse(entry: Any) -> tuple[LayerFormat, bool]:
 def _unclear(layer: str, error: Exception) -> CheckpointError:
     return CheckpointError(
         f"The layer {layer} says by its comfy_quant that it is quantised, but not how "
-        f"({type(error).__name__}: {error}). Download the file again, or choose another."
+        f"({type(error).__name__}: {error}). Download the file again."
     )

@@ -152,7 +152,8 @@ def _part(
         return Packed(form, *(tensor.read(source) for tensor, source in zip(kept, sources, strict=False)))
 
     packed = Packed(form, *(tensor.empty() for tensor in kept))
-    return QuantizedPart(packed, tuple(stored), make, form.name)
+    called = f"{form.bits} bits in groups of {form.group}" if form.name == AFFINE else form.name
+    return QuantizedPart(packed, tuple(stored), make, called)
 
 
 def _weight(form: LayerFormat, size: tuple[int, int]) -> _Kept:
