@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .denoiser import LensDenoiser
 from .denoiser.modulation import is_modulation
 from .quant import policy
+from .quant.layer_format import LayerFormat
 from .quant.linear import Packed
 from .quant.policy import AUTO, MODES, NONE, Mode
 from .quantized import replace_linears
@@ -20,7 +21,8 @@ from .weights import DENOISER, denoiser_config, load_into, open_checkpoint
 from .weights.gguf import GgufCheckpoint, is_gguf
 from .weights.keymap import rename
 from .weights.loader import AnyCheckpoint, OnTensor, Source, Stored
-from .weights.quantized import UNUSED, QuantizedPart, stored_layers
+from .weights.quantized import UNUSED, stored_layers
+from .weights.quantized_part import QuantizedPart
 
 log = logging.getLogger(__name__)
 
@@ -33,23 +35,41 @@ class DenoiserFile:
         self.checkpoint: AnyCheckpoint = GgufCheckpoint(path) if is_gguf(path) else open_checkpoint(path)
         self.config = denoiser_config(self.checkpoint)
         self.sizes = _linears(LensDenoiser(self.config, device="meta"))
-        source = rename(self.checkpoint.header, DENOISER, UNUSED)
+        source = rename(self.checkpoint.header, DENOISER)
         self.stored = stored_layers(self.checkpoint, source, self.sizes)
 
     def mode(self, quantization: str, device: torch.device) -> str:
         """What a choice means for this file on this device: itself, or for ``auto`` one that is logged with
-        its reason."""
+        its reason. Of a file that is quantised already, whether inputs are is all that can be chosen."""
+        if quantization == NONE:
+            return NONE
+        if self.stored:
+            return self._mode_as_stored(quantization)
         if quantization != AUTO:
             return quantization
-        if self.stored:
-            log.info("Quantisation: auto keeps %s as it is quantised.", self.checkpoint.name)
-            return NONE
         steps = {
             name: rows * columns for name, (rows, columns) in self.sizes.items() if not is_modulation(name)
         }
         mode, why = policy.choose(steps, *_gpu(device))
         log.info("Quantisation: auto chose %s: %s.", mode, why)
         return mode
+
+    def _mode_as_stored(self, quantization: str) -> str:
+        if quantization == AUTO:
+            log.info("Quantisation: auto keeps %s as it is quantised.", self.checkpoint.name)
+            return NONE
+        wanted = MODES[quantization].form
+        alike = [_alike(part.packed.form, wanted) for part in self.stored.values()]
+        if all(alike) or (any(alike) and wanted.kind is not None):
+            return quantization
+        log.warning(
+            "%s is quantised already (%s), so its weights stay as they are; quantization %s is for files in "
+            "bf16 or fp32.",
+            self.checkpoint.name,
+            ", ".join(sorted({part.called for part in self.stored.values()})),
+            quantization,
+        )
+        return NONE
 
     def load(
         self,
@@ -83,33 +103,26 @@ class DenoiserFile:
         )
 
     def layers(self, mode: str, device: torch.device) -> dict[str, QuantizedPart]:
-        """The linears that are quantised, in the file or by ``mode``."""
+        """The linears that are quantised, in the file or by ``mode``, as ``mode()`` has it."""
         if mode == NONE:
             return self.stored
         wanted = MODES[mode]
         if self.stored:
-            return self._as_stored(mode, wanted)
+            dynamic = wanted.form.inputs is not None
+            return {
+                name: part.dynamic(dynamic) if _alike(part.packed.form, wanted.form) else part
+                for name, part in self.stored.items()
+            }
         return {
             name: _quantizing(name, size, wanted, device)
             for name, size in self.sizes.items()
             if policy.is_quantized(name) and policy.fits(size, wanted.form)
         }
 
-    def _as_stored(self, mode: str, wanted: Mode) -> dict[str, QuantizedPart]:
-        """The file's own layers; whether their inputs are quantised is the mode's to say where it is of the
-        same format."""
-        names = {part.packed.form.name for part in self.stored.values()}
-        if wanted.form.name not in names:
-            log.warning(
-                "%s is quantised already (%s), so its weights stay as they are; quantization %s is for files "
-                "in bf16 or fp32.",
-                self.checkpoint.name,
-                ", ".join(sorted(names)),
-                mode,
-            )
-            return self.stored
-        dynamic = wanted.form.inputs is not None
-        return {name: part.dynamic(dynamic) for name, part in self.stored.items()}
+
+def _alike(stored: LayerFormat, wanted: LayerFormat) -> bool:
+    """Whether a file's layer is what a mode would make, its groups and inputs aside."""
+    return (stored.name, stored.bits) == (wanted.name, wanted.bits)
 
 
 def _gpu(device: torch.device) -> tuple[int | None, tuple[int, int] | None, str]:
@@ -136,7 +149,8 @@ def _quantizing(name: str, size: tuple[int, int], mode: Mode, device: torch.devi
     """A layer that is quantised as it is read."""
     stored = Stored(f"{name}.weight", (size, (*size, 1, 1)))
     packed = policy.empty(size, mode.form)
-    return QuantizedPart(packed, (stored,), partial(_pack, mode=mode, size=size, device=device))
+    make = partial(_pack, mode=mode, size=size, device=device)
+    return QuantizedPart(packed, (stored,), make, mode.form.name)
 
 
 def _pack(sources: Sequence[Source], mode: Mode, size: tuple[int, int], device: torch.device) -> Packed:

@@ -48,8 +48,22 @@ def load_denoiser(
 ) -> LensDenoiser:
     """The denoiser on the CPU in ``dtype``, quantised as its file is or on ``device`` by ``quantization``."""
     file = open_denoiser(path)
+    return build_denoiser(
+        file, dtype, operations, on_tensor, file.mode(quantization, torch.device(device)), device
+    )
+
+
+def build_denoiser(
+    file: DenoiserFile,
+    dtype: torch.dtype,
+    operations: Operations = nn,
+    on_tensor: OnTensor | None = None,
+    mode: str = NONE,
+    device: torch.device | str = "cpu",
+) -> LensDenoiser:
+    """The same of a file that is open, by the ``mode`` that it gave."""
     model = LensDenoiser(file.config, operations, dtype, device="meta")
-    file.load(model, dtype, mode=quantization, device=device, on_tensor=on_tensor)
+    file.load(model, dtype, mode=mode, device=device, on_tensor=on_tensor)
     return model.eval()
 
 

@@ -16,7 +16,7 @@ from .encoder import no_features
 from .errors import SettingError
 from .feature_cache import FeatureCache
 from .interval import WHOLE, Interval
-from .loading import load_denoiser, load_vae, open_denoiser, open_encoder
+from .loading import build_denoiser, load_vae, open_denoiser, open_encoder
 from .ops import Attention
 from .quant.policy import NONE
 from .sampling import (
@@ -72,8 +72,9 @@ class LensPipeline:
         file = open_encoder(folder)
         kept = None if options.feature_cache is None else FeatureCache(options.feature_cache)
         text = TextEncoder(file, dtype, dense=options.dense, features=kept)
-        mode = open_denoiser(folder).mode(quantization, device)
-        denoiser = load_denoiser(folder, dtype, on_tensor=on_tensor, quantization=mode, device=device)
+        opened = open_denoiser(folder)
+        mode = opened.mode(quantization, device)
+        denoiser = build_denoiser(opened, dtype, on_tensor=on_tensor, mode=mode, device=device)
         vae = load_vae(folder, dtype, on_tensor)
         placed = denoiser.to(device), vae.to(device)
         return cls(text, *placed, device, dtype, options, quantization=mode)

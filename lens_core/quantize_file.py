@@ -19,14 +19,12 @@ from .denoiser import LensDenoiser
 from .denoiser_file import DenoiserFile
 from .errors import CheckpointError, SettingError
 from .loading import SUBFOLDERS
-from .quant.layer_format import AFFINE
 from .quant.policy import MODES
 from .quantized import replace_linears
 from .weights import DENOISER, variant_of
-from .weights.gguf import GgufCheckpoint
 from .weights.identity import identity
 from .weights.loader import OnTensor, Part, Plan, Source, plan_load
-from .weights.quantized import UNUSED, QuantizedPart
+from .weights.quantized import UNUSED
 from .weights.writer import SteppedWriter, part_of
 
 log = logging.getLogger(__name__)
@@ -97,14 +95,7 @@ def _check(file: DenoiserFile, mode: str, target: Path) -> None:
 def _stored_formats(file: DenoiserFile) -> set[str]:
     """How a file's weights are quantised; nothing for one that is not."""
     plain = {info.dtype for info in file.checkpoint.header.values() if info.dtype.startswith("F8_")}
-    return {_stored_format(file, part) for part in file.stored.values()} or plain
-
-
-def _stored_format(file: DenoiserFile, part: QuantizedPart) -> str:
-    form = part.packed.form
-    if isinstance(file.checkpoint, GgufCheckpoint):
-        return part.stored[0].dtypes[0]
-    return f"{form.bits} bits in groups of {form.group}" if form.name == AFFINE else form.name
+    return {part.called for part in file.stored.values()} or plain
 
 
 def _plan(file: DenoiserFile, mode: str, device: torch.device) -> tuple[Plan, list[dict[str, Tensor]]]:

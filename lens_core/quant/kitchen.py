@@ -68,13 +68,14 @@ def linear(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
     """[B, T, N] of x [B, T, K]; inputs are quantised too where the GPU multiplies the format."""
     weight = _tensor(packed, (packed.rows, x.shape[-1]), x.dtype)
     flat: Any = x.flatten(0, -2)
-    if _native(packed.form, x.device):
+    if multiplies(packed.form, x.device):
         flat = type(weight).from_float(flat, _LAYOUTS[packed.form.name])
     return F.linear(flat, weight, bias).unflatten(0, x.shape[:-1])
 
 
-def _native(form: LayerFormat, device: torch.device) -> bool:
-    if device.type != "cuda" or torch.version.hip is not None:
+def multiplies(form: LayerFormat, device: torch.device) -> bool:
+    """Whether inputs are quantised too: the GPU has products of the format, and the file allows it."""
+    if form.full_precision or device.type != "cuda" or torch.version.hip is not None:
         return False
     return torch.cuda.get_device_capability(device) >= NEEDS[form.name]
 

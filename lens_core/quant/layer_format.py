@@ -25,6 +25,7 @@ class LayerFormat:
     inputs turned by a Hadamard matrix of size ``rotation`` first (0: not).
 
     ``inputs``: the kind that the layer's inputs are quantised to as well; None: the weight alone is.
+    ``full_precision``: the same wish for a format of which a GPU and not this pack quantises the inputs.
     """
 
     name: str
@@ -32,6 +33,7 @@ class LayerFormat:
     group: int = 0
     rotation: int = 0
     inputs: str | None = None
+    full_precision: bool = False
 
     @property
     def kind(self) -> str | None:
@@ -66,6 +68,7 @@ SCALES: dict[str, tuple[str, ...]] = {
 _BITS = {"convrot_w4a4": 4, "nvfp4": 4}
 _GROUPS = {"mxfp8": 32, "nvfp4": 16}
 _ROTATION = 256  # of both ConvRot formats, unless the file says otherwise
+_ROTATIONS = frozenset(4**power for power in range(1, 9))
 
 
 def to_json(form: LayerFormat) -> Tensor:
@@ -75,7 +78,7 @@ def to_json(form: LayerFormat) -> Tensor:
         entry |= {"bits": form.bits, "group_size": form.group}
     if form.rotation:
         entry |= {"convrot": True, "convrot_groupsize": form.rotation}
-    if form.kind is not None and form.inputs is None:
+    if form.full_precision or (form.kind is not None and form.inputs is None):
         entry["full_precision_matrix_mult"] = True
     return torch.tensor(list(json.dumps(entry).encode()), dtype=torch.uint8)
 
@@ -83,22 +86,48 @@ def to_json(form: LayerFormat) -> Tensor:
 def from_json(raw: Tensor, layer: str) -> LayerFormat:
     """The format that a ``comfy_quant`` tensor tells of; raises CheckpointError where none is known."""
     try:
-        entry = json.loads(bytes(raw.tolist()))
-        name = entry["format"]
-        params = entry.get("params") or {}
-        rotated = name == "convrot_w4a4" or entry.get("convrot", params.get("convrot", False))
-        size = int(entry.get("convrot_groupsize", params.get("convrot_groupsize", _ROTATION)))
-        bits = int(entry.get("bits", _BITS.get(name, 8)))
-        group = int(entry.get("group_size", _GROUPS.get(name, 0))) if name in (AFFINE, *_GROUPS) else 0
+        return from_entry(json.loads(bytes(raw.tolist())), layer)
+    except (ValueError, TypeError) as error:
+        raise _unclear(layer, error) from error
+
+
+def from_entry(entry: Any, layer: str) -> LayerFormat:
+    """The format that the JSON object of a layer tells of; raises CheckpointError where none is known."""
+    try:
+        form, full_precision = _parse(entry)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _unclear(layer, error) from error
+    if form.name not in SCALES:
         raise CheckpointError(
-            f"The layer {layer} says by its comfy_quant that it is quantised, but not how ({error}). "
-            "Download the file again."
-        ) from error
-    if name not in SCALES:
-        raise CheckpointError(
-            f"The layer {layer} is quantised as {name!r}; this version reads {', '.join(SCALES)}. Choose "
-            "another file."
+            f"The layer {layer} is quantised as {form.name!r}; this version reads {', '.join(SCALES)}. "
+            "Choose another file."
         )
-    form = LayerFormat(name, bits, group, size if rotated else 0)
-    return form.dynamic(not entry.get("full_precision_matrix_mult", False))
+    if form.kind is None:
+        return replace(form, full_precision=full_precision)
+    return form.dynamic(not full_precision)
+
+
+def _parse(entry: Any) -> tuple[LayerFormat, bool]:
+    name = entry["format"]
+    if not isinstance(name, str):
+        raise TypeError(f"the format is {name!r}")
+    params = entry.get("params")
+    values = {**(params if isinstance(params, dict) else {}), **entry}
+    bits, group, rotation = _BITS.get(name, 8), _GROUPS.get(name, 0), 0
+    if name == AFFINE:
+        bits, group = int(entry["bits"]), int(entry["group_size"])
+        if bits not in (4, 8) or group < 1:
+            raise ValueError(f"{bits} bits in groups of {group}")
+    if name == "convrot_w4a4" or (name == "int8_tensorwise" and values.get("convrot", False)):
+        rotation = int(values.get("convrot_groupsize", _ROTATION))
+        if rotation not in _ROTATIONS:
+            raise ValueError(f"a convrot_groupsize of {rotation}, which is no power of 4")
+    full_precision = bool(entry.get("full_precision_matrix_mult", False))
+    return LayerFormat(name, bits, group, rotation), full_precision
+
+
+def _unclear(layer: str, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"The layer {layer} says by its comfy_quant that it is quantised, but not how "
+        f"({type(error).__name__}: {error}). Download the file again."
+    )

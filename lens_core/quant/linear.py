@@ -20,8 +20,9 @@ _RANGES = tuple(1 - step / 20 for step in range(8))
 
 class Packed(NamedTuple):
     """A weight [N, K] in ``form``: ``values`` [N, K] in 8 bits or u8 [N, K / 2] in 4, the first of two in the
-    low ones; ``scale`` fp32 of all, [N, 1], or [N, K / group]; ``zero`` like a group's scale, or None. Of
-    comfy-kitchen's formats these are the tensors that its files have, in their order."""
+    low ones; ``scale`` fp32 of all, [N] or [N, 1], or in bf16, fp16 or fp32 [N, K / group]; ``zero`` like a
+    group's scale, or None. Of comfy-kitchen's formats these are the tensors that its files have, in their
+    order."""
 
     form: LayerFormat
     values: Tensor

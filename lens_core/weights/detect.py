@@ -99,7 +99,10 @@ def denoiser_config(checkpoint: AnyCheckpoint) -> DenoiserConfig:
     require(checkpoint, "denoiser")
     source = rename(checkpoint.header, DENOISER)
     shape = shape_reader(checkpoint, source)
-    hidden, channels = shape("img_in.weight", 2)
+    if "img_in.weight" in source and not checkpoint.header[source["img_in.weight"]].floating:
+        hidden, channels = shape("img_in.bias", 1)[0], shape("proj_out.bias", 1)[0]  # its numbers are packed
+    else:
+        hidden, channels = shape("img_in.weight", 2)
     return DenoiserConfig(
         num_layers=count(source, r"^transformer_blocks\.(\d+)\."),
         num_attention_heads=hidden // DenoiserConfig.attention_head_dim,

@@ -3,8 +3,9 @@
 A GGUF packs a row of K inputs in blocks of 32 (Q4_0 to Q8_0) or 256 (K-quants). What a block means is affine
 in groups of 32 or 16 inputs, so a ``quant.linear.Packed`` holds it without loss: number and scale have at
 most 24 significant bits together (Q6_K: 6 and 18), so their product is exact in fp32, and the sum with the
-zero point is rounded once, as GGUF's own formula is. Only a scale that is not finite, which no good file
-has, gives NaN where GGUF may have infinity.
+zero point is rounded once, as GGUF's own formula is. Blocks of 32 have their scale and zero point in fp16,
+or one that is a power of two times the other, so both stay fp16; those of K-quants are products of fp16 and
+integers, for which that is too little.
 
 N rows, B blocks a row.
 """
@@ -44,6 +45,11 @@ class BlockType:
     def form(self) -> LayerFormat:
         """How a weight of this type is held: 4 bits stay 4, more take a byte."""
         return LayerFormat(AFFINE, 4 if self.bits == 4 else 8, self.group)
+
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        """The smallest dtype that holds every scale and zero point of a good file exactly."""
+        return torch.float16 if self.block == self.group else torch.float32
 
 
 def _halves(raw: Tensor) -> Tensor:
@@ -148,17 +154,33 @@ def decode(raw: Tensor, kind: str) -> Decoded:
     return numbers.flatten(-2), scale.flatten(-2), zero.flatten(-2)
 
 
-def repack(info: TensorInfo) -> Packed:
-    """A stored weight [N, K] of a type in ``TYPES``, on the CPU, some rows of the file at a time."""
-    form = TYPES[info.dtype].form
+def empty(size: tuple[int, int], kind: str, device: str = "cpu") -> Packed:
+    """Memory for a weight [N, K] of the type ``kind``."""
+    rows, columns = size
+    row = TYPES[kind]
+    values = torch.empty(rows, columns * row.form.bits // 8, dtype=torch.uint8, device=device)
+    scale = torch.empty(rows, columns // row.group, dtype=row.scale_dtype, device=device)
+    return Packed(row.form, values, scale, torch.empty_like(scale))
+
+
+def repack(info: TensorInfo, layer: str) -> Packed:
+    """The stored weight [N, K] of a layer, of a type in ``TYPES``, on the CPU, some rows of it at a time.
+
+    Raises CheckpointError where a scale or zero point is no number, or too large for any good file.
+    """
     rows, columns = info.shape
-    values = torch.empty(rows, columns * form.bits // 8, dtype=torch.uint8)
-    scale = torch.empty(rows, columns // form.group)
-    zero = torch.empty_like(scale)
+    packed = empty((rows, columns), info.dtype)
+    form, values, scale, zero = packed
+    assert zero is not None
     for start, stop in info.pieces():
         numbers, scale[start:stop], zero[start:stop] = decode(info.bytes(start, stop), info.dtype)
         values[start:stop] = pack_nibbles(numbers) if form.bits == 4 else numbers
-    return Packed(form, values, scale, zero)
+    if not (scale.isfinite().all() and zero.isfinite().all()):
+        raise CheckpointError(
+            f"{info.path.name} is damaged: the weight of {layer}, in {info.dtype}, has scales that are no "
+            "numbers or far too large. Download it again."
+        )
+    return packed
 
 
 def gguf_layers(checkpoint: GgufCheckpoint, source: Mapping[str, str]) -> dict[str, tuple[LayerFormat, str]]:

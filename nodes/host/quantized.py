@@ -138,6 +138,8 @@ class _QuantizedLinear:
                 return self._forward(x, self.weight, self.bias)
             return self.forward_comfy_cast_weights(x, x.dtype, want_requant=True)
         if x.requires_grad or not at_hand(self, x.device) or not x.is_floating_point():
+            if self.form is not None and kitchen.has(self.form):
+                self._full_precision_mm = not kitchen.multiplies(self.form, x.device)
             return super().forward(x, *args, **kwargs)
         comfy.ops.run_every_op()
         return self._forward(x, self.weight, self.bias)

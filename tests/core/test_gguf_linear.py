@@ -13,25 +13,29 @@ import torch
 from torch import Tensor
 
 from lens_core.errors import CheckpointError
-from lens_core.loading import open_encoder
+from lens_core.loading import open_denoiser, open_encoder
 from lens_core.quant.linear import unpack
 from lens_core.weights import tensor_info
 from lens_core.weights.detect import describe
 from lens_core.weights.gguf import GgufCheckpoint
-from lens_core.weights.gguf_linear import TYPES, coarse_modulation, decode, gguf_layers, repack
+from lens_core.weights.gguf_linear import TYPES, decode, empty, gguf_layers, repack
 from lens_core.weights.keymap import DENOISER, rename
+from lens_core.weights.quantized import warn_coarse
 from lens_core.weights.tensor_info import TensorInfo
 from tests import denoiser_gguf
 from tests.compare import relative_l2
 
 # Where a block's fp16 numbers lie: its factors and, of Q4_1 and Q5_1, its minimum.
 HALVES = {"Q4_1": (0, 2), "Q5_1": (0, 2), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
+# How many times a block's factor its zero point is: in fp16 too, so larger factors are no good file's.
+ZEROS = {"Q4_0": 8, "Q5_0": 16, "Q8_0": 128}
+LARGEST = 65504.0
 COLUMNS = 512
 
 
 def random_blocks(kind: str, rows: int, seed: int = 0) -> Tensor:
-    """Bytes u8 [rows, bytes of 512 numbers] with every finite fp16 factor as likely as any other: negative,
-    subnormal and largest ones too."""
+    """Bytes u8 [rows, bytes of 512 numbers] with every fp16 factor of a good file as likely as any other:
+    negative, subnormal and largest ones too."""
     row = TYPES[kind]
     generator = torch.Generator().manual_seed(seed)
     shape = (rows, COLUMNS // row.block, row.nbytes)
@@ -39,6 +43,9 @@ def random_blocks(kind: str, rows: int, seed: int = 0) -> Tensor:
     for at in HALVES.get(kind, (0,)):
         high = raw[..., at + 1]
         high[(high & 0x7C) == 0x7C] ^= 0x40
+        factor = raw[..., at : at + 2].clone().view(torch.float16)
+        too_large = factor.float().abs() > LARGEST / ZEROS.get(kind, 1)
+        high[too_large[..., 0]] ^= 0x40
     return raw.flatten(1)
 
 
@@ -70,7 +77,7 @@ def test_the_table_has_the_sizes_of_the_gguf_package(kind: str):
 @pytest.mark.parametrize("kind", TYPES)
 def test_any_bytes_stand_for_exactly_what_the_gguf_package_says(kind: str, tmp_path: Path):
     raw = random_blocks(kind, 256)
-    packed = repack(stored(tmp_path / "x", raw, kind))
+    packed = repack(stored(tmp_path / "x", raw, kind), "layer")
     want = values_of(raw, kind)
     assert want.isfinite().all()
     assert torch.equal(unpack(packed, torch.float32), want)
@@ -79,20 +86,44 @@ def test_any_bytes_stand_for_exactly_what_the_gguf_package_says(kind: str, tmp_p
 
 @pytest.mark.parametrize("kind", TYPES)
 @pytest.mark.parametrize("byte", [0, 0x0F, 0xF0, 0x7F, 0x80, 0xFF])
-@pytest.mark.parametrize("factor", [0.0, 65504.0, -65504.0, 2.0**-24, -(2.0**-24)])
+@pytest.mark.parametrize("factor", [0.0, LARGEST, -LARGEST, 2.0**-24, -(2.0**-24)])
 def test_edge_bytes_with_edge_factors_are_exact(kind: str, byte: int, factor: float, tmp_path: Path):
     raw = torch.full((3, COLUMNS // TYPES[kind].block, TYPES[kind].nbytes), byte, dtype=torch.uint8)
+    put_factors(raw, kind, max(-LARGEST / ZEROS.get(kind, 1), min(factor, LARGEST / ZEROS.get(kind, 1))))
+    raw = raw.flatten(1)
+    packed = repack(stored(tmp_path / "x", raw, kind), "layer")
+    assert torch.equal(unpack(packed, torch.float32), values_of(raw, kind))
+
+
+def put_factors(raw: Tensor, kind: str, factor: float) -> None:
+    """Set all fp16 numbers of blocks u8 [..., bytes]."""
     for at in HALVES.get(kind, (0,)):
         raw[..., at : at + 2] = torch.tensor([factor], dtype=torch.float16).view(torch.uint8)
-    raw = raw.flatten(1)
-    assert torch.equal(unpack(repack(stored(tmp_path / "x", raw, kind)), torch.float32), values_of(raw, kind))
+
+
+@pytest.mark.parametrize(
+    ("kind", "factor"),
+    [
+        *((kind, factor) for kind in TYPES for factor in (float("inf"), -float("inf"), float("nan"))),
+        *((kind, sign * LARGEST / times * 1.01) for kind, times in ZEROS.items() for sign in (1, -1)),
+    ],
+)
+def test_a_factor_that_no_good_file_has_is_damage(kind: str, factor: float, tmp_path: Path):
+    raw = random_blocks(kind, 7).unflatten(-1, (-1, TYPES[kind].nbytes))
+    put_factors(raw[5, -1], kind, factor)
+    with pytest.raises(CheckpointError) as caught:
+        repack(stored(tmp_path / "x", raw.flatten(1), kind), "txt_in")
+    assert str(caught.value) == (
+        f"x is damaged: the weight of txt_in, in {kind}, has scales that are no numbers or far too large. "
+        "Download it again."
+    )
 
 
 @pytest.mark.parametrize("kind", TYPES)
 def test_a_quantised_weight_is_read_as_near_as_its_bits_allow(kind: str, tmp_path: Path):
     weight = torch.randn(96, COLUMNS, generator=torch.Generator().manual_seed(1)) / 20
     raw = torch.from_numpy(denoiser_gguf.quantize(weight.numpy(), kind))
-    got = unpack(repack(stored(tmp_path / "x", raw, kind)), torch.float32)
+    got = unpack(repack(stored(tmp_path / "x", raw, kind), "layer"), torch.float32)
     assert torch.equal(got, values_of(raw, kind))
     # 32 normal numbers span about 4.1 deviations, in steps of a fifteenth: an even error of 0.27 / sqrt(12) =
     # 0.079 of the whole at 4 bits, and half of it each bit; 0.08 to 0.09 for types around zero.
@@ -104,7 +135,7 @@ def test_a_quantised_weight_is_read_as_near_as_its_bits_allow(kind: str, tmp_pat
 def test_pieces_make_what_the_whole_makes(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     raw = random_blocks(kind, 37)
     info = stored(tmp_path / "x", raw, kind)
-    whole = repack(info)
+    whole = repack(info, "layer")
     monkeypatch.setattr(tensor_info, "_PIECE", 5 * raw.shape[1])
     read, largest = TensorInfo.bytes, []
 
@@ -113,22 +144,27 @@ def test_pieces_make_what_the_whole_makes(kind: str, tmp_path: Path, monkeypatch
         return largest[-1]
 
     monkeypatch.setattr(TensorInfo, "bytes", watch)
-    pieces = repack(info)
+    pieces = repack(info, "layer")
     assert [len(piece) for piece in largest] == [5] * 7 + [2]
     assert all(torch.equal(a, b) for a, b in zip(pieces[1:], whole[1:], strict=True))
 
 
 @pytest.mark.parametrize("kind", TYPES)
 def test_a_packed_weight_has_the_shapes_and_kinds_of_its_format(kind: str, tmp_path: Path):
-    packed = repack(stored(tmp_path / "x", random_blocks(kind, 5), kind))
+    packed = repack(stored(tmp_path / "x", random_blocks(kind, 5), kind), "layer")
     bits, group = (4 if kind.startswith("Q4") else 8), (16 if kind == "Q6_K" else 32)
     form = packed.form
     assert (form.name, form.bits, form.group, form.kind) == ("lens_affine", bits, group, None)
     assert packed.values.dtype == torch.uint8
     assert packed.values.shape == (5, COLUMNS * bits // 8)
     assert packed.zero is not None
+    dtype = torch.float32 if kind.endswith("_K") else torch.float16
     for part in (packed.scale, packed.zero):
-        assert (part.dtype, part.shape) == (torch.float32, (5, COLUMNS // group))
+        assert (part.dtype, part.shape) == (dtype, (5, COLUMNS // group))
+    planned = empty((5, COLUMNS), kind, "meta")
+    assert planned.form == packed.form
+    for made, part in zip(packed[1:], planned[1:], strict=True):
+        assert (made.dtype, made.shape) == (part.dtype, part.shape)
 
 
 @pytest.mark.parametrize("kind", TYPES)
@@ -156,7 +192,7 @@ def test_a_denoisers_linears_are_found_and_read(kind: str, prefix: str, tmp_path
     assert {f"{name}.weight": used for name, (_, used) in layers.items()} == linears
     for layer, (form, _) in layers.items():
         name = f"{layer}.weight"
-        packed = repack(checkpoint.header[source[name]])
+        packed = repack(checkpoint.header[source[name]], layer)
         assert packed.form == form
         assert torch.equal(unpack(packed, torch.float32), written[name][1])
         assert torch.equal(unpack(packed, torch.bfloat16), checkpoint.read(source[name]))
@@ -230,18 +266,17 @@ def test_coarse_modulation_is_warned_of_once_with_its_first_layer(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
     denoiser_gguf.write_denoiser(tmp_path / "x.gguf", only_modulation("Q5_0", first=1))
-    layers = layers_of(tmp_path / "x.gguf")[2]
     with caplog.at_level(logging.WARNING):
-        coarse = coarse_modulation(layers)
+        file = open_denoiser(tmp_path / "x.gguf")
     want = [f"transformer_blocks.{block}.{stream}_mod.1" for block in (1, 2) for stream in ("img", "txt")]
-    assert sorted(coarse) == want
-    assert all(layers[name][0].bits == 8 for name in coarse), "though they are held in a byte"
+    assert all(file.stored[name].packed.form.bits == 8 for name in want), "though they are held in a byte"
     (record,) = caplog.records
+    first = next(name for name in file.stored if name in want)
     message = record.getMessage()
     assert message.startswith(
-        f"4 modulation layers of this GGUF have fewer than 8 bits (the first is {coarse[0]} in Q5_0)"
+        f"x.gguf: 4 modulation layers have fewer than 8 bits (the first is {first} in Q5_0)"
     )
-    assert "choose the q8_0 file" in message
+    assert "choose a file that has them in 8 bits or more, such as q8_0" in message
 
 
 @pytest.mark.parametrize("kind", ["Q8_0", "F16"])
@@ -250,11 +285,21 @@ def test_fine_modulation_is_not_warned_of(kind: str, tmp_path: Path, caplog: pyt
     denoiser_gguf.write_denoiser(
         tmp_path / "x.gguf", lambda name: choose(name) if "_mod." in name else "Q4_0"
     )
-    layers = layers_of(tmp_path / "x.gguf")[2]
     with caplog.at_level(logging.WARNING):
-        assert coarse_modulation(layers) == []
+        file = open_denoiser(tmp_path / "x.gguf")
     assert not caplog.records
-    assert any(form.bits == 4 for form, _ in layers.values()), "others may be as coarse as they like"
+    bits = {part.packed.form.bits for part in file.stored.values()}
+    assert 4 in bits, "others may be as coarse as they like"
+
+
+@pytest.mark.parametrize("bits", [1, 7, 8, 16])
+def test_coarse_is_below_8_bits(bits: int, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    denoiser_gguf.write_denoiser(tmp_path / "x.gguf", "F16")
+    checkpoint = GgufCheckpoint(tmp_path / "x.gguf")
+    names = ["transformer_blocks.7.img_mod.1", "transformer_blocks.7.img_mlp.w1", "img_in"]
+    coarse = warn_coarse(checkpoint, dict.fromkeys(names, (bits, "some format")))
+    assert coarse == (names[:1] if bits < 8 else [])
+    assert len(caplog.records) == len(coarse)
 
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])

@@ -140,7 +140,7 @@ def quantised_source(kind: str, folder: Path, tiny: DenoiserFile) -> Path:
         ("float8_dynamic", "float8_e4m3fn"),
         ("uint4_sdnq", "4 bits in groups of 64"),
         ("Q8_0", "Q8_0"),
-        ("fp8", "F8_E4M3"),
+        ("fp8", "float8_e4m3fn"),
     ],
 )
 def test_a_quantised_source_is_refused_by_its_format(

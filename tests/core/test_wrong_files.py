@@ -47,11 +47,14 @@ OTHER_MODELS = {
     "a language model": ["model.layers.0.self_attn.q_proj.weight", "model.embed_tokens.weight"],
     "a LoRA": ["lora_unet_transformer_blocks_0_attn_img_qkv.lora_down.weight"],
     "a VAE of another model": ["decoder.conv_in.weight", "encoder.conv_in.weight"],
+}
+# Every layout of the denoiser: nothing that another component's loader takes.
+DENOISERS = {
     "a Lens denoiser quantised by SDNQ": [
         "transformer_blocks.0.attn.img_qkv.weight",
         "transformer_blocks.0.attn.img_qkv.zero_point",
     ],
-    "a quantised Lens denoiser (Comfy)": [
+    "a Lens denoiser quantised for ComfyUI": [
         "transformer_blocks.0.attn.img_qkv.weight",
         "transformer_blocks.0.attn.img_qkv.comfy_quant",
     ],
@@ -81,6 +84,14 @@ def component(request: pytest.FixtureRequest) -> str:
 @pytest.mark.parametrize("kind", OTHER_MODELS)
 def test_a_file_of_another_model_is_named_as_what_it_is(tmp_path: Path, component: str, kind: str):
     save_file({name: torch.zeros(2, 2) for name in OTHER_MODELS[kind]}, tmp_path / "other.safetensors")
+    message = refusal(LOADERS[component], tmp_path / "other.safetensors")
+    assert message.startswith(f"other.safetensors is {kind}; expected {EXPECTED[component]}. Choose ")
+
+
+@pytest.mark.parametrize("component", ["encoder", "vae"], indirect=True)
+@pytest.mark.parametrize("kind", DENOISERS)
+def test_a_denoiser_in_any_layout_is_named_to_the_other_loaders(tmp_path: Path, component: str, kind: str):
+    save_file({name: torch.zeros(2, 2) for name in DENOISERS[kind]}, tmp_path / "other.safetensors")
     message = refusal(LOADERS[component], tmp_path / "other.safetensors")
     assert message.startswith(f"other.safetensors is {kind}; expected {EXPECTED[component]}. Choose ")
 
@@ -184,8 +195,8 @@ def test_another_format_is_named_and_the_right_one_too(
     path = tmp_path / "download.safetensors"
     write(path)
     message = refusal(LOADERS[component], path)
-    if write is write_gguf and component == "encoder":  # which may be one, by any name
-        assert "download.safetensors is a GGUF of llama; expected a GPT-OSS encoder. Choose " in message
+    if write is write_gguf and component != "vae":  # the others may be one, by any name
+        assert f"download.safetensors is a GGUF of llama; expected {EXPECTED[component]}. Choose " in message
         return
     assert f"download.safetensors is {kind}" in message
     assert "Expected a .safetensors file; choose another file." in message
