@@ -20,8 +20,10 @@ from lens_core.denoiser import BlockGraphs, DenoiserRun, LensDenoiser
 from lens_core.denoiser import graph as module
 from lens_core.denoiser.block import Shared, run_blocks
 from lens_core.denoiser.modulation import is_modulation
+from lens_core.kernels import EAGER_LINEAR
 from lens_core.loading import load_denoiser
 from lens_core.ops import sdpa
+from lens_core.quantized import form_of
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 SIGMA = torch.tensor([0.6])
@@ -107,7 +109,16 @@ def test_on_a_cpu_blocks_are_launched_and_that_is_said_once(
 
 
 def shared_with(**changed: Any) -> Shared:
-    whole = Shared(SimpleNamespace(name="triton"), None, torch.zeros(1), None, lambda norm, _: norm.weight)
+    whole = Shared(
+        SimpleNamespace(name="triton"),
+        EAGER_LINEAR,
+        None,
+        torch.zeros(1),
+        None,
+        lambda norm, _: norm.weight,
+        form_of,
+        lambda layer, _: layer.packed(),
+    )
     return replace(whole, **changed)
 
 
