@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 # From here on PyTorch's products of 8-bit floats are faster (H200: a forward at 1440 x 1440 by 4 of 75 ms; at
 # 1024 x 1024 with text Triton's wins 1 ms beside a fast CPU and 6 beside a slow one).
 _MANY_TOKENS = 6000
+# Of 200 tokens in a self-test: few, and more tiles than multiprocessors.
+_REPEATS = (1, 10, 30)
 
 
 @cache
@@ -143,7 +145,7 @@ def product_difference(kind: str, device: torch.device, dtype: torch.dtype) -> f
     others = [packed._replace(scale=scale) for packed in pairs]
     some = torch.randn(200, 1536, generator=generator).to(device, dtype)
     errors = []
-    for repeats in (1, 10, 30):
+    for repeats in _REPEATS:
         streams = [quant.quantize_rows(x[None], kind) for x in (some.repeat(repeats, 1), some[:37])]
         for layers, added in ((pairs, [*biases]), (others, [None, None])):
             want = tuple(multiply(streams, layers, added))
