@@ -38,7 +38,7 @@ def _product(x: QuantizedRows, packed: Packed, bias: Tensor | None) -> Tensor:
     out = torch._scaled_mm(
         aligned(x.values).view(-1, columns),
         aligned(packed.values).t(),
-        scale_a=x.scale.reshape(-1, 1),
+        scale_a=x.scale.reshape(-1, 1).contiguous(),
         scale_b=_column_scale(packed),
         bias=None if bias is None else bias.to(torch.bfloat16),
         out_dtype=torch.bfloat16,
