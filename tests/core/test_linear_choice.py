@@ -320,3 +320,8 @@ def test_the_tiles_that_were_measured():
     """Of an H200."""
     sizes = [(4096, 1536), (4096, 4608), (8100, 1536), (8100, 4096), (200, 4608), (200, 1536), (1, 1536)]
     assert [choose_tile(*size, 132).rows for size in sizes] == [128] * 4 + [64] * 3
+
+
+def test_as_many_tiles_as_multiprocessors_are_enough():
+    assert choose_tile(11 * 128, 12 * 128, 132).rows == 128
+    assert choose_tile(10 * 128, 12 * 128, 132).rows == choose_tile(11 * 128, 12 * 128, 133).rows == 64

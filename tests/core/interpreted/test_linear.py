@@ -146,12 +146,13 @@ def test_weights(rows: int, columns: int, group: int):
         check_weights(pair, name)
 
 
-def test_weights_of_two_signs_are_no_signed_numbers():
-    """4 bits in bytes that are called signed: the upper of the two must not bring the sign along."""
-    (first, _), (second, exact) = cases.pairs(4, 64, 32)["w4a4 as int8"]
-    other = second._replace(values=second.values.view(torch.uint8))
+def test_bytes_that_are_called_signed_hold_two_numbers_as_others_do():
+    """The upper must not bring the sign along."""
+    (first, exact), (second, other) = cases.pairs(4, 64, 32)["w4a4 as int8"]
+    second = second._replace(values=second.values.view(torch.uint8))
     assert first.values.dtype == torch.int8
-    assert relative_l2(linear_launch.unpack([first, other], torch.float32)[1], exact) < 1e-7
+    for weights in ([(first, exact), (second, other)], [(second, other), (first, exact)]):
+        check_weights(weights, "w4a4")
 
 
 @pytest.mark.parametrize("move", [cases.shifted, lambda x: x])
