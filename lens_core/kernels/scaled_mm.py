@@ -55,8 +55,14 @@ def _column_scale(packed: Packed) -> Tensor:
         # Memory of its own: a view would keep the scale, its key, alive.
         found = packed.scale.new_empty(1, packed.rows, dtype=torch.float32)
         found.copy_(packed.scale.reshape(1, -1))
-        _columns[packed.scale] = found, packed.scale.data_ptr()
+        # What a CUDA graph makes while it is recorded is its own, and holds nothing before it is played.
+        if not _is_recorded(packed.scale):
+            _columns[packed.scale] = found, packed.scale.data_ptr()
     return found
+
+
+def _is_recorded(like: Tensor) -> bool:
+    return like.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def made_of(weights: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:

@@ -128,6 +128,18 @@ def test_a_scale_that_moved_has_other_columns():
     assert scaled_mm._column_scale(packed) is moved
 
 
+def test_what_a_graph_makes_is_its_own(monkeypatch: pytest.MonkeyPatch):
+    packed, before = weight(torch.tensor(0.5)), kept()
+    with monkeypatch.context() as patch:
+        patch.setattr(scaled_mm, "_is_recorded", lambda _: True)
+        recorded = scaled_mm._column_scale(packed)
+    assert kept() == before
+    found = scaled_mm._column_scale(packed)
+    assert found is not recorded and kept() == before + 1
+    monkeypatch.setattr(scaled_mm, "_is_recorded", lambda _: True)
+    assert scaled_mm._column_scale(packed) is found, "made before, it is read"
+
+
 def test_what_was_made_of_weights():
     """And the memory that it was made of, though the weight itself may go."""
     first, second, other = weight(torch.tensor(0.5)), weight(torch.ones(16, 1)), weight(torch.tensor(1.0))
