@@ -15,8 +15,9 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..kernels import scaled_mm
 from .block import LensBlock, Shared, Tables, run_blocks
 from .modulation import is_modulation
 
@@ -36,6 +37,7 @@ class _Recording:
         tables: Sequence[Tables],
         shared: Shared,
         pool: Any,
+        weights: Sequence[Tensor],
     ) -> None:
         self.streams = [x.clone() for x in streams]
         self.rotary = shared.rotary.clone()
@@ -44,6 +46,8 @@ class _Recording:
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph, pool=pool):
             self.out = run_blocks(blocks, self.streams, pairs, replace(shared, rotary=self.rotary))
+        # Read by its products, and no weights themselves: while it may be played, nothing else lies there.
+        self.kept = scaled_mm.made_of(weights)
 
     def play(self, streams: Sequence[Tensor], tables: Sequence[Tables], shared: Shared) -> list[Tensor]:
         """The same for other inputs of the same sizes."""
@@ -70,7 +74,7 @@ class BlockGraphs:
         self.runs = {"played": 0, "recorded": 0, "launched": 0}
         self._recorded: OrderedDict[Hashable, _Recording | None] = OrderedDict()
         self._pool: Any = None
-        self._layers: dict[LensBlock, list[torch.nn.Module]] = {}
+        self._layers: dict[LensBlock, list[nn.Module]] = {}
 
     def clear(self) -> None:
         """Forget all graphs and give their memory back."""
@@ -95,7 +99,7 @@ class BlockGraphs:
             recording = self._recorded[name]
             if recording is None:
                 self._pool = self._pool or torch.cuda.graph_pool_handle()
-                recording = _Recording(blocks, streams, tables, shared, self._pool)
+                recording = _Recording(blocks, streams, tables, shared, self._pool, weights)
                 self.runs["recorded"] += 1
             self._keep(name, recording)
             self.runs["played"] += 1
@@ -114,11 +118,12 @@ class BlockGraphs:
                 named = block.named_modules(prefix="transformer_blocks")
                 self._layers[block] = [module for name, module in named if not is_modulation(name)]
         return [
-            weight
+            part
             for block in blocks
             for layer in self._layers[block]
             for weight in layer._parameters.values()
             if weight is not None
+            for part in _parts(weight)
         ]
 
     def _keep(self, name: Hashable, recording: _Recording | None) -> None:
@@ -126,6 +131,13 @@ class BlockGraphs:
         self._recorded.move_to_end(name)
         while len(self._recorded) > _KEPT:
             self._recorded.popitem(last=False)
+
+
+def _parts(weight: Tensor) -> Sequence[Tensor]:
+    """The tensors in whose memory it lies: another package's quantised tensor has several."""
+    if type(weight) in (nn.Parameter, Tensor) or not hasattr(weight, "__tensor_flatten__"):
+        return (weight,)
+    return [getattr(weight, name) for name in weight.__tensor_flatten__()[0]]
 
 
 def why_not(weights: Sequence[Tensor], streams: Sequence[Tensor], shared: Shared) -> str | None:

@@ -2,7 +2,8 @@
 
 A weight-only format is unpacked into the inputs' dtype and multiplied there. Where the inputs are quantised
 too (W8A8), 8-bit numbers are multiplied and each sum gets its row's and its column's scale. Streams come as a
-sequence, the image's first, each with a layer of its own; these are alike in format and size.
+sequence, the image's first, each with a layer of its own; these are alike in format and size, and have biases
+both or neither.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ def linears(
     streams: Sequence[Inputs], weights: Sequence[Packed], biases: Biases, kernels: LinearKernels
 ) -> list[Tensor]:
     """[B, T, N] of each stream's inputs [B, T, K]; quantised ones are not turned by a rotation again."""
-    if not _alike(streams, weights):
+    if not _alike(streams, weights, biases):
         parts = zip(streams, weights, biases, strict=True)
         return [linear(x, packed, bias, kernels) for x, packed, bias in parts]
     form = weights[0].form
@@ -95,7 +96,7 @@ def linears(
     return kernels.multiply[form.inputs or ""](quantized, weights, biases)
 
 
-def _alike(streams: Sequence[Inputs], weights: Sequence[Packed]) -> bool:
+def _alike(streams: Sequence[Inputs], weights: Sequence[Packed], biases: Biases) -> bool:
     if len(weights) == 1:
         return True
     first, second = weights
@@ -104,7 +105,15 @@ def _alike(streams: Sequence[Inputs], weights: Sequence[Packed]) -> bool:
         and first.values.shape == second.values.shape
         and first.scale.shape == second.scale.shape
         and isinstance(streams[0], Tensor) == isinstance(streams[1], Tensor)
+        and (biases[0] is None) == (biases[1] is None)
     )
+
+
+def aligned(x: Tensor) -> Tensor:
+    """x as loads of 16 bytes need it: row by row, at a multiple of 16 bytes."""
+    if x.is_contiguous() and x.data_ptr() % 16 == 0:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def _weight_only(streams: Sequence[Tensor], weights: Sequence[Tensor], biases: Biases) -> list[Tensor]:

@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 # From here on PyTorch's products of 8-bit floats are faster (H200: a forward at 1440 x 1440 by 4 of 75 ms; at
 # 1024 x 1024 with text Triton's wins 1 ms beside a fast CPU and 6 beside a slow one).
 _MANY_TOKENS = 6000
+# Of 200 tokens in a self-test: few, and more tiles than multiprocessors.
+_REPEATS = (1, 10, 30)
 
 
 @cache
@@ -135,13 +137,15 @@ def product_difference(kind: str, device: torch.device, dtype: torch.dtype) -> f
     form: LayerFormat = {INT8: int8, FLOAT8: float8}[kind]
     weights = torch.randn(2, 1536, 1536, generator=generator).to(device)
     biases = torch.randn(2, 1536, generator=generator).to(device, dtype)
-    runs = [triton_linear_kernels().multiply[INT8], *([multiply_float8] if kind == FLOAT8 else [])]
+    runs: list[Callable[..., list[Tensor]]] = [multiply_float8] if kind == FLOAT8 else []
+    if why_not_triton_linear(device, dtype) is None:
+        runs.append(triton_linear_kernels().multiply[INT8])
     pairs = [quant.quantize(weight, form) for weight in weights]
     scale = pairs[0].scale.new_full((1536, 1) if form is float8 else (), 0.01)
     others = [packed._replace(scale=scale) for packed in pairs]
     some = torch.randn(200, 1536, generator=generator).to(device, dtype)
     errors = []
-    for repeats in (1, 10, 30):
+    for repeats in _REPEATS:
         streams = [quant.quantize_rows(x[None], kind) for x in (some.repeat(repeats, 1), some[:37])]
         for layers, added in ((pairs, [*biases]), (others, [None, None])):
             want = tuple(multiply(streams, layers, added))

@@ -180,7 +180,9 @@ def form_of(layer: Any) -> LayerFormat | None:
 
 def at_hand(layer: Any, device: torch.device) -> bool:
     """Whether a linear's quantised weight lies on ``device`` as it is to be used."""
+    if form_of(layer) is None:  # another node's layer need not even have a weight
+        return False
     weight, bias = layer.weight, layer.bias
-    if form_of(layer) is None or not isinstance(weight, QuantizedTensor) or weight.device != device:
+    if not isinstance(weight, QuantizedTensor) or weight.device != device:
         return False
     return bias is None or bias.device == device

@@ -3,12 +3,17 @@ definitions."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from lens_core.quant.layer_format import AFFINE, LayerFormat, float8, int8
 from lens_core.quant.linear import Packed, QuantizedRows, pack_nibbles
 
+# Tokens of the image, or of image and text: as many, fewer and more, in whole tiles and not.
+STREAMS = [(1,), (65,), (128,), (5, 3), (3, 5), (129, 1), (1, 129), (64, 64), (128, 256)]
 LARGEST = {"int8": 127, "float8": 448}
 E5M2 = LayerFormat("float8_e5m2", 8)
 W4A4 = LayerFormat("convrot_w4a4", 4)
@@ -19,7 +24,7 @@ def weights(rows: int, columns: int, group: int) -> dict[str, tuple[Packed, Tens
     floats = torch.randn(rows, columns)
     bytes_ = torch.randint(-128, 128, (rows, columns))
     signed, unsigned = torch.randint(-8, 8, (rows, columns)), torch.randint(0, 16, (rows, columns))
-    one, each = torch.tensor(0.37), 0.1 + torch.rand(rows, 1)
+    one, each = 0.1 + torch.rand(()), 0.1 + torch.rand(rows, 1)
     scales, zeros = 0.1 + torch.rand(rows, columns // group), torch.randn(rows, columns // group)
     found = {
         "e4m3": (Packed(float8, floats.to(torch.float8_e4m3fn), one), None),
@@ -40,6 +45,72 @@ def weights(rows: int, columns: int, group: int) -> dict[str, tuple[Packed, Tens
         if columns % 2 == 0:
             found[f"affine4 {name}"] = (Packed(four, pack_nibbles(unsigned), scale, zero), unsigned)
     return {name: (packed, exact(packed, numbers)) for name, (packed, numbers) in found.items()}
+
+
+def pairs(rows: int, columns: int, group: int) -> dict[str, list[tuple[Packed, Tensor]]]:
+    """``weights`` of two streams: alike in packing and size, else not."""
+    first, second = weights(rows, columns, group), weights(rows, columns, group)
+    return {name: [held, second[name]] for name, held in first.items()}
+
+
+def shifted(x: Tensor) -> Tensor:
+    """The same numbers side by side, from an address on that is no multiple of 16 bytes."""
+    moved = x.new_empty(x.numel() + 1)[1:].view(x.shape).copy_(x)
+    assert moved.data_ptr() % 16 and moved.is_contiguous()
+    return moved
+
+
+def spread(x: Tensor) -> Tensor:
+    """The same numbers [..., K], no two of them side by side."""
+    wide = x.new_empty(*x.shape, 3)
+    return wide[..., 1].copy_(x)
+
+
+def with_tensors(packed: Packed, place: Callable[[Tensor], Tensor]) -> Packed:
+    """The weight with each of its tensors put elsewhere."""
+    return Packed(packed.form, *(None if part is None else place(part) for part in packed[1:]))
+
+
+class Layer(NamedTuple):
+    """One stream, its weight and its bias."""
+
+    x: QuantizedRows
+    packed: Packed
+    bias: Tensor | None
+
+
+def layers(
+    kind: str,
+    tokens: Sequence[int],
+    n: int,
+    k: int,
+    batch: int = 1,
+    one_scale: bool = False,
+    bias: bool = True,
+    dtype: torch.dtype = torch.float16,
+) -> list[Layer]:
+    """Random streams [B, T, K] and a layer [N, K] of each, whose results are about one."""
+    size = 1 / (73 * k**0.25)  # uniform numbers up to 127 have a spread of 73
+
+    def numbers(*shape: int) -> Tensor:
+        found = torch.randint(-127, 128, shape)
+        return found.to(torch.int8 if kind == "int8" else torch.float8_e4m3fn)
+
+    found = []
+    for count in tokens:
+        scale = size * (0.5 + (torch.rand(()) if one_scale else torch.rand(n, 1)))
+        x = QuantizedRows(numbers(batch, count, k), size * (0.5 + torch.rand(batch, count, 1)), dtype)
+        weight = Packed({"int8": int8, "float8": float8}[kind].dynamic(True), numbers(n, k), scale)
+        found.append(Layer(x, weight, torch.randn(n) if bias else None))
+    return found
+
+
+def exact_product(x: QuantizedRows, packed: Packed, bias: Tensor | None) -> Tensor:
+    """In fp64."""
+    rows = x.values.double() * x.scale.double()
+    scale = packed.scale.double().reshape(-1)
+    out = rows @ packed.values.double().T * scale
+    return out if bias is None else out + bias.double()
 
 
 def exact(packed: Packed, numbers: Tensor | None) -> Tensor:

@@ -1,12 +1,8 @@
-"""When the blocks are recorded, played or launched, and what a recording is valid for.
-
-CUDA's graph is a stand-in that computes on the CPU what was recorded, in the memory it was recorded with.
-"""
+"""When the blocks are recorded, played or launched, and what a recording is valid for."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +18,7 @@ from lens_core.denoiser.block import Shared, run_blocks
 from lens_core.denoiser.modulation import is_modulation
 from lens_core.loading import load_denoiser
 from lens_core.ops import sdpa
+from tests.core.graph_cases import Graph, check, inputs, install, runs, settled, shared_with
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 SIGMA = torch.tensor([0.6])
@@ -32,64 +29,10 @@ def denoiser(tiny_folder: Path) -> LensDenoiser:
     return load_denoiser(tiny_folder, torch.float32)
 
 
-def inputs(grid: tuple[int, int] = (5, 3), tokens: int = 4, sigma: float = 0.6, batch: int = 1) -> tuple:
-    """Arguments of a forward; each call draws others."""
-    text = torch.randn(batch, tokens, 4, 64)
-    return torch.randn(batch, grid[0] * grid[1], 128), torch.full((batch,), sigma), text, grid
-
-
-class Graph:
-    """Records the calls of ``run_blocks`` while it is the current one; replays them into the same memory."""
-
-    current: Graph | None = None
-
-    def __init__(self) -> None:
-        self.work: list[tuple[tuple, list[Tensor]]] = []
-
-    def replay(self) -> None:
-        for arguments, out in self.work:
-            for memory, result in zip(out, run_blocks(*arguments), strict=True):
-                memory.copy_(result)
-
-
 @pytest.fixture
 def recording(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Graph, Any]]:
     """Blocks can be recorded; -> the graphs and the pools of their memory."""
-    made: list[tuple[Graph, Any]] = []
-    pools = iter(range(1, 100))
-
-    @contextmanager
-    def record(graph: Graph, pool: Any):
-        made.append((graph, pool))
-        Graph.current = graph
-        yield
-        Graph.current = None
-
-    def spy(*arguments: Any) -> list[Tensor]:
-        out = run_blocks(*arguments)
-        if Graph.current is not None:
-            Graph.current.work.append((arguments, out))
-            for memory in out:  # nothing is computed while it is recorded
-                memory.fill_(float("nan"))
-        return out
-
-    monkeypatch.setattr(module, "why_not", lambda *_: None)
-    monkeypatch.setattr(module, "run_blocks", spy)
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(torch.cuda, "graph", record)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(pools))
-    return made
-
-
-def runs(played: int, recorded: int, launched: int) -> dict[str, int]:
-    return {"played": played, "recorded": recorded, "launched": launched}
-
-
-def check(denoiser: LensDenoiser, graphs: BlockGraphs, *arguments: Any, **options: Any) -> Tensor:
-    """A forward by graphs equals one without, bit for bit."""
-    got = denoiser(*arguments, graphs=graphs, **options)
-    assert torch.equal(got, denoiser(*arguments, **options))
-    return got
+    return install(monkeypatch)
 
 
 def test_on_a_cpu_blocks_are_launched_and_that_is_said_once(
@@ -104,11 +47,6 @@ def test_on_a_cpu_blocks_are_launched_and_that_is_said_once(
     assert caplog.messages == [
         "CUDA graphs are on, but the denoiser runs without them: the model computes on the CPU."
     ]
-
-
-def shared_with(**changed: Any) -> Shared:
-    whole = Shared(SimpleNamespace(name="triton"), None, torch.zeros(1), None, lambda norm, _: norm.weight)
-    return replace(whole, **changed)
 
 
 def on(device: torch.device, requires_grad: bool = False) -> Any:
@@ -199,20 +137,6 @@ def test_parts_of_the_blocks_have_recordings_of_their_own(denoiser: LensDenoiser
         (got,) = graphs.run_blocks(denoiser.blocks[1:], after, tables[1:], shared)
         assert torch.equal(got, want[0])
     assert graphs.runs == runs(4, 2, 2)
-
-
-def settled(denoiser: LensDenoiser, graphs: BlockGraphs) -> Callable[[], dict[str, int]]:
-    """Record one size; -> forwards of that size, and what they were since the call before."""
-    for _ in range(2):
-        check(denoiser, graphs, *inputs())
-
-    def forward() -> dict[str, int]:
-        before = dict(graphs.runs)
-        check(denoiser, graphs, *inputs())
-        return {name: count - before[name] for name, count in graphs.runs.items() if count != before[name]}
-
-    assert forward() == {"played": 1}
-    return forward
 
 
 @pytest.mark.parametrize(

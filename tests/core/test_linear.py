@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -19,8 +22,8 @@ from comfy_kitchen.tensor.int8_utils import _build_hadamard, _rotate_activation
 from torch import Tensor
 
 from lens_core.errors import CheckpointError
-from lens_core.kernels import EAGER_LINEAR
-from lens_core.kernels.linear import linear
+from lens_core.kernels import EAGER_LINEAR, Inputs, LinearKernels
+from lens_core.kernels.linear import aligned, linear, linears, multiply
 from lens_core.quant import linear as quant
 from lens_core.quant.layer_format import (
     SCALES,
@@ -198,7 +201,7 @@ def test_linears_with_quantised_inputs(form: LayerFormat, bias: bool):
     form = form.dynamic(True)
     x, added = torch.randn(2, 5, 256), torch.randn(24) if bias else None
     packed = quant.quantize(torch.randn(24, 256), form)
-    kind = EAGER_LINEAR.inputs_of(packed)
+    kind = EAGER_LINEAR.inputs_of(form, (24, 256))
     assert kind == form.kind
     got = linear(x, packed, added, EAGER_LINEAR)
     rows = quant.quantize_rows(quant.rotate(x, form.rotation), kind or "")
@@ -215,10 +218,102 @@ def test_rows_in_bfloat16_give_bfloat16():
 
 
 def test_inputs_are_quantised_only_where_the_format_says_so():
-    weight = torch.randn(24, 64)
-    assert EAGER_LINEAR.inputs_of(quant.quantize(weight, int8)) is None
-    assert EAGER_LINEAR.inputs_of(quant.quantize(weight, int8.dynamic(True))) == "int8"
+    assert EAGER_LINEAR.inputs_of(int8, (24, 64)) is None
+    assert EAGER_LINEAR.inputs_of(int8.dynamic(True), (24, 64)) == "int8"
     assert affine4.dynamic(True) == affine4 and int8.dynamic(True).dynamic(False) == int8
+
+
+def asked() -> tuple[LinearKernels, list[tuple[str, int]]]:
+    """The definitions, and which of them were asked for how many streams."""
+    calls: list[tuple[str, int]] = []
+
+    def noting(name: str, run: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(streams: Sequence[Any], *rest: Any) -> Any:
+            calls.append((name, len(streams)))
+            return run(streams, *rest)
+
+        return noted
+
+    kernels = replace(
+        EAGER_LINEAR,
+        quantize_rows=noting("rows", EAGER_LINEAR.quantize_rows),
+        unpack=noting("unpack", EAGER_LINEAR.unpack),
+        multiply={kind: noting(kind, run) for kind, run in EAGER_LINEAR.multiply.items()},
+    )
+    return kernels, calls
+
+
+@pytest.mark.parametrize("form", [*FORMS, *(form.dynamic(True) for form in FORMS[:3])], ids=str)
+@pytest.mark.parametrize("tokens", [(5,), (5, 3), (3, 5), (4, 4)], ids=str)
+def test_streams_have_layers_of_their_own(tokens: tuple[int, ...], form: LayerFormat):
+    """All through one call of each operation, each with its own weight and bias."""
+    kernels, calls = asked()
+    streams = [torch.randn(2, count, 256) for count in tokens]
+    weights = [quant.quantize(torch.randn(24, 256), form) for _ in tokens]
+    biases = [torch.randn(24) for _ in tokens]
+    count = len(tokens)
+    for added in (biases, [None] * count):
+        calls.clear()
+        found = linears(streams, weights, added, kernels)
+        names = ["rows", str(form.inputs)] if form.inputs else ["unpack"]
+        assert calls == [(name, count) for name in names]
+        for got, *layer in zip(found, streams, weights, added, strict=True):
+            assert relative_l2(got, exact_linear(*layer)) < (4e-2 if form.inputs else EXACT)
+            assert torch.equal(got, linear(*layer, EAGER_LINEAR))
+    if form.inputs:
+        calls.clear()
+        rows = [quant.quantize_rows(quant.rotate(x, form.rotation), form.inputs) for x in streams]
+        again = linears(rows, weights, added, kernels)
+        assert calls == [(form.inputs, count)], "they are quantised already"
+        assert all(torch.equal(got, same) for got, same in zip(again, found, strict=True))
+
+
+def unlike() -> dict[str, list[tuple[Inputs, Packed, Tensor | None]]]:
+    """Two streams [1, T, 256] whose layers are not alike, by what they differ in."""
+    image, text = torch.randn(1, 5, 256), torch.randn(1, 3, 256)
+    dynamic = int8.dynamic(True)
+    weights = [quant.quantize(torch.randn(24, 256), form) for form in (float8.dynamic(True), dynamic)]
+    first, second = weights[1], quant.quantize(torch.randn(24, 256), dynamic)
+    turned = quant.quantize(torch.randn(24, 256), TURNED.dynamic(True))
+    wide = quant.quantize(torch.randn(48, 256), dynamic)
+    bias = torch.randn(24)
+    return {
+        "formats": [(image, weights[0], bias), (text, second, bias)],
+        "rotations": [(image, first, bias), (text, turned, bias)],
+        "whether inputs are quantised": [(image, first, bias), (text, second._replace(form=int8), bias)],
+        "outputs": [(image, first, bias), (text, wide, torch.randn(48))],
+        "scales": [(image, first, bias), (text, second._replace(scale=second.scale.mean()), bias)],
+        "inputs": [(quant.quantize_rows(image, "int8"), first, bias), (text, second, bias)],
+        "biases": [(image, first, bias), (text, second, None)],
+    }
+
+
+@pytest.mark.parametrize("what", unlike())
+@pytest.mark.parametrize("turned", [False, True], ids=["", "text first"])
+def test_layers_that_are_not_alike_go_alone(what: str, turned: bool):
+    layers = unlike()[what][:: -1 if turned else 1]
+    kernels, calls = asked()
+    found = linears(*zip(*layers, strict=True), kernels)
+    assert {count for _, count in calls} == {1}
+    for got, layer in zip(found, layers, strict=True):
+        assert torch.equal(got, linear(*layer, EAGER_LINEAR))
+
+
+@pytest.mark.parametrize("kind", ["int8", "float8"])
+@pytest.mark.parametrize("one_scale", [False, True])
+def test_the_definition_of_products(kind: str, one_scale: bool):
+    """In fp64, of each stream's own."""
+    layers = cases.layers(kind, (5, 3), 24, 64, batch=2, one_scale=one_scale, dtype=torch.float32)
+    for got, layer in zip(multiply(*zip(*layers, strict=True)), layers, strict=True):
+        assert relative_l2(got, cases.exact_product(*layer)) < EXACT
+
+
+def test_what_loads_of_16_bytes_need():
+    x = torch.randn(8, 16)
+    assert aligned(x) is x
+    for other in (cases.shifted(x), cases.spread(x), x.t().contiguous().t()):
+        got = aligned(other)
+        assert torch.equal(got, x) and got.is_contiguous() and got.data_ptr() % 16 == 0
 
 
 def raw(text: str) -> Tensor:

@@ -126,8 +126,9 @@ def _product(
         if K % BK == 0:
             a, b = tl.load(x_at), tl.load(weight_at)
         else:
-            a = tl.load(x_at, mask=(lane < K - k)[None, :], other=0)
-            b = tl.load(weight_at, mask=(lane < K - k)[:, None], other=0)
+            # 0.0, since integers are not converted to 8-bit floats.
+            a = tl.load(x_at, mask=(lane < K - k)[None, :], other=0.0)
+            b = tl.load(weight_at, mask=(lane < K - k)[:, None], other=0.0)
         total = tl.dot(a, b, total, out_dtype=sums)
         x_at += BK
         weight_at += BK

@@ -16,7 +16,7 @@ from torch import Tensor
 from ...quant import linear as quant
 from ...quant.linear import Packed, QuantizedRows
 from .. import backend
-from ..linear import Biases
+from ..linear import Biases, aligned
 from ..linear import unpack as plain_unpack
 from . import linear, quantize
 from .launcher import cdiv, launch, power_of_2
@@ -28,7 +28,7 @@ _NUMBERS, _NUMBER_WARPS = 4096, 4
 _LONGEST_CHUNK = 512
 _MANTISSA = {torch.float8_e4m3fn: 3, torch.float8_e5m2: 2}
 _GROUP = 8  # tiles in a column that run together and share its weights
-_ALIGNED = 16  # bytes of the widest loads, which rows must begin at
+_ROW_BYTES = 16  # of the widest loads, which rows must begin at
 
 
 class Tile(NamedTuple):
@@ -88,7 +88,8 @@ def unpack(weights: Sequence[Packed], dtype: torch.dtype) -> list[Tensor]:
 
 
 def _bytes(packed: Packed) -> Tensor:
-    return packed.values if packed.values.dtype == torch.int8 else packed.values.view(torch.uint8)
+    signed = packed.form.bits == 8 and packed.values.dtype == torch.int8
+    return packed.values if signed else packed.values.view(torch.uint8)
 
 
 @cache
@@ -112,8 +113,8 @@ def _unpacking(
 
 def why_not_multiply(rows: int, columns: int) -> str | None:
     """The limit that a weight [rows, columns] does not meet, in words."""
-    if columns % _ALIGNED:
-        return f"a layer has {columns} inputs, no multiple of {_ALIGNED}"
+    if columns % _ROW_BYTES:
+        return f"a layer has {columns} inputs, no multiple of {_ROW_BYTES}"
     return None
 
 
@@ -124,7 +125,14 @@ def multiply(streams: Sequence[QuantizedRows], weights: Sequence[Packed], biases
     counts = [x.values.numel() // columns for x in streams]
     tile = choose_tile(sum(counts), rows, multiprocessors(out[0].device))
     layers = [
-        (_aligned(x.values), _aligned(packed.values), y, x.scale, packed.scale, y if bias is None else bias)
+        (
+            aligned(x.values),
+            aligned(packed.values),
+            y,
+            x.scale.contiguous(),
+            packed.scale.contiguous(),
+            y if bias is None else bias,
+        )
         for x, packed, y, bias in zip(streams, weights, out, biases, strict=True)
     ]
     tiles = sum(cdiv(count, tile.rows) for count in counts) * cdiv(rows, tile.columns)
@@ -158,10 +166,6 @@ def choose_tile(m: int, n: int, multiprocessors: int) -> Tile:
         return Tile(64, 128, 128, 4, 3)
     # 96 KiB of shared memory, which GPUs of compute capability 8.6 and 8.9 have just so.
     return Tile(128, 128, 128, 8, 3)
-
-
-def _aligned(x: Tensor) -> Tensor:
-    return x.clone() if x.data_ptr() % _ALIGNED else x
 
 
 @cache
