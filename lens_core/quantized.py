@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from .kernels import Inputs, choose_linear
 from .kernels.linear import linear
-from .quant import policy
 from .quant import linear as definitions
+from .quant import policy
 from .quant.layer_format import SCALES, LayerFormat, to_json
 from .quant.linear import Packed
 

@@ -37,12 +37,10 @@ def unpack(
     """
     numbers = values.float() if form.bits == 8 else float4(values)
     rows, columns = numbers.shape
-    scales = unblock(scale.view(torch.uint8), rows, columns // form.group)
-    if factor is None:
-        wide = power_of_2(scales)
-    else:
-        wide = scales.view(torch.float8_e4m3fn).float() * factor.float()
-    return (numbers.unflatten(-1, (-1, form.group)) * wide[..., None]).flatten(-2).to(dtype)
+    byte = unblock(scale.view(torch.uint8), rows, columns // form.group)
+    e4m3 = byte.view(torch.float8_e4m3fn)
+    scales = power_of_2(byte) if factor is None else e4m3.float() * factor.float()
+    return (numbers.unflatten(-1, (-1, form.group)) * scales[..., None]).flatten(-2).to(dtype)
 
 
 def power_of_2(byte: Tensor) -> Tensor:

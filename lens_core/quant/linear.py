@@ -203,11 +203,3 @@ def _line(numbers: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
     spread = around.square().sum(-1, keepdim=True).clamp_min(1)  # 0 where all numbers are the same
     scale = (around * groups).sum(-1, keepdim=True) / spread
     return scale, groups.mean(-1, keepdim=True) - scale * middle
-
-
-def _rounded(numbers: Tensor, seed: int | None) -> Tensor:
-    if seed is None:
-        return numbers.round_()
-    generator = torch.Generator(numbers.device).manual_seed(seed)
-    chance = torch.rand(numbers.shape, generator=generator, device=numbers.device)
-    return numbers.add_(chance).floor_()

@@ -6,12 +6,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lens_core.quant.layer_format import AFFINE, LayerFormat, float8, int8
+from lens_core.quant.layer_format import AFFINE, LayerFormat, float8, int8, mxfp8, nvfp4
 from lens_core.quant.linear import Packed, QuantizedRows, pack_nibbles
 
 LARGEST = {"int8": 127, "float8": 448}
 E5M2 = LayerFormat("float8_e5m2", 8)
 W4A4 = LayerFormat("convrot_w4a4", 4)
+E4M3 = torch.float8_e4m3fn
 
 
 def weights(rows: int, columns: int, group: int) -> dict[str, tuple[Packed, Tensor]]:
@@ -40,6 +41,33 @@ def weights(rows: int, columns: int, group: int) -> dict[str, tuple[Packed, Tens
         if columns % 2 == 0:
             found[f"affine4 {name}"] = (Packed(four, pack_nibbles(unsigned), scale, zero), unsigned)
     return {name: (packed, exact(packed, numbers)) for name, (packed, numbers) in found.items()}
+
+
+def block_scaled(rows: int, columns: int) -> dict[str, Packed]:
+    """Random weights in mxfp8 and nvfp4, whose padding is NaN; 2^-7 and 2^7 are far apart for a scale."""
+    packed = {}
+    for form in (mxfp8, nvfp4):
+        groups = columns // form.group
+        scale = torch.full((-(-rows // 128) * 128, -(-groups // 4) * 4), 255, dtype=torch.uint8)
+        if form is mxfp8:
+            values = torch.randn(rows, columns).to(torch.float8_e4m3fn)
+            scale[:rows, :groups] = torch.randint(120, 135, (rows, groups))
+            factor = None
+        else:
+            values = torch.randint(0, 256, (rows, columns // 2)).to(torch.uint8)
+            scale[:rows, :groups] = torch.randint(8, 0x7F, (rows, groups))
+            factor = torch.tensor(0.37)
+        scale = blocked(scale)
+        packed[form.name] = Packed(form, values, scale if factor is None else scale.view(E4M3), factor)
+    return packed
+
+
+def blocked(scale: Tensor) -> Tensor:
+    """Scales [R, C] put where cuBLAS wants each, one at a time by its formula."""
+    row, group = torch.meshgrid(*(torch.arange(size) for size in scale.shape), indexing="ij")
+    tile = row // 128 * (scale.shape[1] // 4) + group // 4
+    at = tile * 512 + row % 32 * 16 + row % 128 // 32 * 4 + group % 4
+    return torch.empty_like(scale).view(-1).scatter_(0, at.view(-1), scale.view(-1)).view(scale.shape)
 
 
 def exact(packed: Packed, numbers: Tensor | None) -> Tensor:

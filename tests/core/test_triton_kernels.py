@@ -25,4 +25,9 @@ def test_interpreted(file: Path):
 
 def test_there_are_files_to_interpret():
     encoder = {"test_attention", "test_encoder", "test_experts", "test_small"}
-    assert {file.stem for file in FILES} == encoder | {"test_block", "test_joint_attention", "test_linear"}
+    assert {file.stem for file in FILES} == encoder | {
+        "test_block",
+        "test_block_scales",
+        "test_joint_attention",
+        "test_linear",
+    }
