@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from .kernels import Inputs, choose_linear
 from .kernels.linear import linear
-from .quant import kitchen, policy
 from .quant import linear as definitions
+from .quant import policy
 from .quant.layer_format import SCALES, LayerFormat, to_json
 from .quant.linear import Packed
 
@@ -44,8 +44,6 @@ class QuantizedLinear(nn.Module):
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         """The weight [N, K] in ``dtype``."""
-        if kitchen.has(self.form):
-            return kitchen.dequantize(self.packed(), (self.out_features, self.in_features), dtype)
         return definitions.dequantize(self.packed(), dtype)
 
     def forward(self, x: Inputs) -> Tensor:

@@ -1,9 +1,9 @@
 """Linears over quantised weights: the definitions in plain PyTorch, and the one way through them.
 
-A weight-only format is unpacked into the inputs' dtype and multiplied there. Where the inputs are quantised
-too (W8A8), 8-bit numbers are multiplied and each sum gets its row's and its column's scale. Streams come as a
-sequence, the image's first, each with a layer of its own; these are alike in format and size, and have biases
-both or neither.
+A weight-only format is unpacked into the inputs' dtype and multiplied there, and so are comfy-kitchen's where
+the GPU does not multiply them. Where the inputs are quantised too (W8A8), 8-bit numbers are multiplied and
+each sum gets its row's and its column's scale. Streams come as a sequence, the image's first, each with a
+layer of its own; these are alike in format and size, and have biases both or neither.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def linears(
     form = weights[0].form
     whole = [x for x in streams if isinstance(x, Tensor)]
     if whole:
-        if kitchen.has(form):
+        if kitchen.multiplies(form, whole[0].device):
             return [
                 kitchen.linear(x, packed, bias)
                 for x, packed, bias in zip(whole, weights, biases, strict=True)

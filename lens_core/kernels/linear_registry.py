@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..quant import linear as quant
-from ..quant.layer_format import FLOAT8, INT8, LayerFormat, affine4, float8, int8
+from ..quant.layer_format import FLOAT8, INT8, LayerFormat, affine4, float8, int8, mxfp8, nvfp4
 from ..quant.linear import Packed, QuantizedRows
 from . import backend
 from .linear import EAGER_LINEAR, Biases, LinearKernels, multiply
@@ -119,6 +119,7 @@ def difference(device: torch.device, dtype: torch.dtype) -> float:
     generator = torch.Generator().manual_seed(0)
     pair = torch.randn(2, 96, 1536, generator=generator).to(device)
     weights = [[quant.quantize(weight, form) for weight in pair] for form in (float8, int8, affine4)]
+    weights += _block_scaled(generator, device)
     streams = [torch.randn(2, tokens, 1536, generator=generator).to(device, dtype) for tokens in (37, 5)]
     kinds = [INT8] if backend.why_no_float8(device) else [INT8, FLOAT8]
 
@@ -128,6 +129,19 @@ def difference(device: torch.device, dtype: torch.dtype) -> float:
         return (*unpacked, *(quant.dequantize_rows(x) for pair in rows for x in pair))
 
     return backend.apart(run(triton_linear_kernels()), run(EAGER_LINEAR))
+
+
+def _block_scaled(generator: torch.Generator, device: torch.device) -> list[list[Packed]]:
+    """Pairs [96, 1536] in mxfp8 and in nvfp4 of random numbers and scales: comfy-kitchen, which quantises to
+    them, may be missing."""
+    floats = torch.randn(2, 96, 1536, generator=generator).to(torch.float8_e4m3fn)
+    powers = torch.randint(124, 131, (2, 128, 48), generator=generator).to(torch.uint8)
+    nibbles = torch.randint(0, 256, (2, 96, 768), generator=generator).to(torch.uint8)
+    scales = (0.1 + torch.rand(2, 128, 96, generator=generator)).to(torch.float8_e4m3fn)
+    factor = torch.tensor(0.37, device=device)
+    eight = zip(floats.to(device), powers.to(device), strict=True)
+    four = zip(nibbles.to(device), scales.to(device), strict=True)
+    return [[Packed(mxfp8, *parts) for parts in eight], [Packed(nvfp4, *parts, factor) for parts in four]]
 
 
 def product_difference(kind: str, device: torch.device, dtype: torch.dtype) -> float:

@@ -1,11 +1,12 @@
 """Formats that comfy-kitchen quantises and multiplies: mxfp8 and nvfp4, which Blackwell GPUs have.
 
 Its tensors, in whose layouts ComfyUI keeps such weights too. Where the GPU has not the format, weights are
-dequantised and multiplied in the inputs' dtype.
+unpacked like those of other formats, without comfy-kitchen (``block_scales``).
 """
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -30,12 +31,16 @@ def has(form: LayerFormat) -> bool:
 
 def quantize(weight: Tensor, form: LayerFormat) -> Packed:
     """Weight [N, K] as comfy-kitchen quantises it, its scales in cuBLAS' order."""
-    packed = _kitchen(form).QuantizedTensor.from_float(weight, _LAYOUTS[form.name])
-    params = packed.params
+    return packed_of(_kitchen(form).QuantizedTensor.from_float(weight, _LAYOUTS[form.name]), form)
+
+
+def packed_of(tensor: Any, form: LayerFormat) -> Packed:
+    """The tensors of a comfy-kitchen QuantizedTensor."""
+    values, params = tensor._qdata, tensor._params
     if form.name == "nvfp4":
-        return Packed(form, packed._qdata, params.block_scale, params.scale)
+        return Packed(form, values, params.block_scale, params.scale)
     # As bytes: safetensors before 0.6 has no name for scales of eight exponent bits.
-    return Packed(form, packed._qdata, params.scale.view(torch.uint8))
+    return Packed(form, values, params.scale.view(torch.uint8))
 
 
 def empty(size: tuple[int, int], form: LayerFormat) -> Packed:
@@ -59,25 +64,25 @@ def _up(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
 
 
-def dequantize(packed: Packed, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """The weight of ``shape`` (N, K) in ``dtype``."""
-    return _tensor(packed, shape, dtype).dequantize()
-
-
 def linear(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
-    """[B, T, N] of x [B, T, K]; inputs are quantised too where the GPU multiplies the format."""
+    """[B, T, N] of x [B, T, K], both quantised, where ``multiplies`` says so."""
     weight = _tensor(packed, (packed.rows, x.shape[-1]), x.dtype)
-    flat: Any = x.flatten(0, -2)
-    if multiplies(packed.form, x.device):
-        flat = type(weight).from_float(flat, _LAYOUTS[packed.form.name])
+    flat = type(weight).from_float(x.flatten(0, -2), _LAYOUTS[packed.form.name])
     return F.linear(flat, weight, bias).unflatten(0, x.shape[:-1])
 
 
 def multiplies(form: LayerFormat, device: torch.device) -> bool:
     """Whether inputs are quantised too: the GPU has products of the format, and the file allows it."""
-    if form.full_precision or device.type != "cuda" or torch.version.hip is not None:
+    needs = NEEDS.get(form.name)
+    if needs is None or form.full_precision or device.type != "cuda" or torch.version.hip is not None:
         return False
-    return torch.cuda.get_device_capability(device) >= NEEDS[form.name]
+    return _capability(device) >= needs
+
+
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    """Of a GPU; PyTorch's own takes some microseconds, and every layer asks."""
+    return torch.cuda.get_device_capability(device)
 
 
 def _tensor(packed: Packed, shape: tuple[int, int], dtype: torch.dtype) -> Any:

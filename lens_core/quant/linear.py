@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import block_scales
 from .layer_format import AFFINE, FLOAT8, INT8, LayerFormat
 
 LARGEST = {FLOAT8: 448.0, INT8: 127.0}
@@ -22,8 +23,8 @@ _LINES = 3  # drawn anew through the numbers after each; more gain nothing
 class Packed(NamedTuple):
     """A weight [N, K] in ``form``: ``values`` [N, K] in 8 bits or u8 [N, K / 2] in 4, the first of two in the
     low ones; ``scale`` fp32 of all, [N] or [N, 1], or in bf16, fp16 or fp32 [N, K / group]; ``zero`` like a
-    group's scale, or None. Of comfy-kitchen's formats these are the tensors that its files have, in their
-    order."""
+    group's scale, or None. Of comfy-kitchen's formats (``block_scales``) these are the tensors that its files
+    have, in their order."""
 
     form: LayerFormat
     values: Tensor
@@ -94,6 +95,8 @@ def quantize(weight: Tensor, form: LayerFormat, search: bool = False, seed: int 
 def unpack(packed: Packed, dtype: torch.dtype) -> Tensor:
     """The weight [N, K] in ``dtype``, for inputs that are turned as its format says, rounded once."""
     form, values, scale, zero = packed
+    if block_scales.has(form):
+        return block_scales.unpack(form, values, scale, zero, dtype)
     numbers = values.float() if form.bits == 8 else _nibbles(values, signed=zero is None)
     if zero is None:
         return (numbers * _of_rows(scale.float())).to(dtype)

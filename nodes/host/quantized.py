@@ -146,7 +146,7 @@ class _QuantizedLinear:
         return self._forward(x, self.weight, self.bias)
 
     def _forward(self, x: Inputs, weight: Any, bias: Tensor | None) -> Tensor:
-        if not isinstance(weight, QuantizedTensor) or kitchen.has(self.form):
+        if not isinstance(weight, QuantizedTensor) or kitchen.multiplies(self.form, x.device):
             return super()._forward(definitions.as_tensor(x), weight, bias)
         return linear(x, packed_of(weight, self.form), bias, choose_linear(x.device, x.dtype))
 
@@ -162,6 +162,8 @@ def free_for_models(device: torch.device) -> int | None:
 
 def packed_of(weight: Any, form: LayerFormat) -> Packed:
     """A weight's tensors as lens_core has them."""
+    if kitchen.has(form):
+        return kitchen.packed_of(weight, form)
     params = weight._params
     return Packed(form, weight._qdata, params.scale, getattr(params, "zero", None))
 
@@ -169,20 +171,21 @@ def packed_of(weight: Any, form: LayerFormat) -> Packed:
 def form_of(layer: Any) -> LayerFormat | None:
     """How a linear is quantised, if it computes with its weight as that is stored, and here.
 
-    Not one whose forward another node has replaced, or whose weight is computed anew in each step, or in a
-    format whose products are ComfyUI's.
+    Not one whose forward another node has replaced, or whose weight is computed anew in each step.
     """
     form = getattr(layer, "form", None)
-    if form is None or kitchen.has(form) or "forward" in vars(layer):
+    if form is None or "forward" in vars(layer):
         return None
     return None if layer.weight_function or layer.bias_function else form
 
 
 def at_hand(layer: Any, device: torch.device) -> bool:
-    """Whether a linear's quantised weight lies on ``device`` as it is to be used."""
-    if form_of(layer) is None:  # another node's layer need not even have a weight
+    """Whether a linear's quantised weight lies on ``device`` as it is to be used; not in a format whose
+    products are ComfyUI's there."""
+    form = form_of(layer)
+    if form is None:  # another node's layer need not even have a weight
         return False
     weight, bias = layer.weight, layer.bias
-    if not isinstance(weight, QuantizedTensor) or weight.device != device:
+    if not isinstance(weight, QuantizedTensor) or weight.device != device or kitchen.multiplies(form, device):
         return False
     return bias is None or bias.device == device

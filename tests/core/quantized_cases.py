@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lens_core.quant.layer_format import AFFINE, LayerFormat, float8, int8
+from lens_core.quant.layer_format import AFFINE, LayerFormat, float8, int8, mxfp8, nvfp4
 from lens_core.quant.linear import Packed, QuantizedRows, pack_nibbles
 
 # Tokens of the image, or of image and text: as many, fewer and more, in whole tiles and not.
@@ -17,6 +17,7 @@ STREAMS = [(1,), (65,), (128,), (5, 3), (3, 5), (129, 1), (1, 129), (64, 64), (1
 LARGEST = {"int8": 127, "float8": 448}
 E5M2 = LayerFormat("float8_e5m2", 8)
 W4A4 = LayerFormat("convrot_w4a4", 4)
+E4M3 = torch.float8_e4m3fn
 
 
 def weights(rows: int, columns: int, group: int) -> dict[str, tuple[Packed, Tensor]]:
@@ -111,6 +112,33 @@ def exact_product(x: QuantizedRows, packed: Packed, bias: Tensor | None) -> Tens
     scale = packed.scale.double().reshape(-1)
     out = rows @ packed.values.double().T * scale
     return out if bias is None else out + bias.double()
+
+
+def block_scaled(rows: int, columns: int) -> dict[str, Packed]:
+    """Random weights in mxfp8 and nvfp4, whose padding is NaN; 2^-7 and 2^7 are far apart for a scale."""
+    packed = {}
+    for form in (mxfp8, nvfp4):
+        groups = columns // form.group
+        scale = torch.full((-(-rows // 128) * 128, -(-groups // 4) * 4), 255, dtype=torch.uint8)
+        if form is mxfp8:
+            values = torch.randn(rows, columns).to(torch.float8_e4m3fn)
+            scale[:rows, :groups] = torch.randint(120, 135, (rows, groups))
+            factor = None
+        else:
+            values = torch.randint(0, 256, (rows, columns // 2)).to(torch.uint8)
+            scale[:rows, :groups] = torch.randint(8, 0x7F, (rows, groups))
+            factor = torch.tensor(0.37)
+        scale = blocked(scale)
+        packed[form.name] = Packed(form, values, scale if factor is None else scale.view(E4M3), factor)
+    return packed
+
+
+def blocked(scale: Tensor) -> Tensor:
+    """Scales [R, C] put where cuBLAS wants each, one at a time by its formula."""
+    row, group = torch.meshgrid(*(torch.arange(size) for size in scale.shape), indexing="ij")
+    tile = row // 128 * (scale.shape[1] // 4) + group // 4
+    at = tile * 512 + row % 32 * 16 + row % 128 // 32 * 4 + group % 4
+    return torch.empty_like(scale).view(-1).scatter_(0, at.view(-1), scale.view(-1)).view(scale.shape)
 
 
 def exact(packed: Packed, numbers: Tensor | None) -> Tensor:

@@ -58,8 +58,8 @@ LAYOUTS: dict[str, Write] = {
     "sdnq by 32, not flat": partial(write_sdnq, group=32, flat=False),
     **{kind: partial(write_gguf, kind=kind) for kind in TYPES},
 }
-# Those whose inputs are quantised too or turned, and nvfp4, which comfy-kitchen unpacks with more roundings.
-INEXACT = re.compile(r"float8_e4m3fn|int8|convrot|nvfp4|scaled$")
+# Those whose inputs are quantised too or turned.
+INEXACT = re.compile(r"float8_e4m3fn|int8|convrot|scaled$")
 
 
 def loaded(write: Write, folder: Path, dtype: torch.dtype = torch.bfloat16) -> tuple[LensDenoiser, Written]:

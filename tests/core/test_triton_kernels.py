@@ -24,6 +24,12 @@ def test_interpreted(file: Path):
 
 
 def test_there_are_files_to_interpret():
-    denoiser = {"test_block", "test_joint_attention", "test_linear", "test_linear_products"}
+    denoiser = {
+        "test_block",
+        "test_block_scales",
+        "test_joint_attention",
+        "test_linear",
+        "test_linear_products",
+    }
     encoder = {"test_attention", "test_encoder", "test_experts", "test_small"}
     assert {file.stem for file in FILES} == encoder | denoiser

@@ -12,7 +12,7 @@ import triton.language as tl
 
 
 @triton.jit
-def _float8(byte, MANTISSA: tl.constexpr):
+def float8(byte, MANTISSA: tl.constexpr):
     """A u8 that holds a float8_e4m3fn (MANTISSA 3) or float8_e5m2 (2), in fp32. By its bits, since GPUs
     before 8.9 cannot convert them: shifted to fp16's place they are 2^-8 of an e4m3fn, and an e5m2 itself."""
     bits = byte.to(tl.uint16)
@@ -47,7 +47,7 @@ def _unpacked(
         number = _nibbles(byte, not ZERO)
     else:
         byte = tl.load(values + chunk * WIDTH + tl.arange(0, WIDTH)[None, :], mask=ok, other=0)
-        number = byte.to(tl.float32) if MANTISSA == 0 else _float8(byte, MANTISSA)
+        number = byte.to(tl.float32) if MANTISSA == 0 else float8(byte, MANTISSA)
     # By ``index``: each number of a column [CHUNKS, 1] would be read many times.
     if PER == 0:
         number *= tl.load(scale).to(tl.float32)

@@ -13,12 +13,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ...quant import block_scales
 from ...quant import linear as quant
 from ...quant.linear import Packed, QuantizedRows
 from .. import backend
 from ..linear import Biases, aligned
 from ..linear import unpack as plain_unpack
-from . import linear, quantize
+from . import block_scales_launch, linear, quantize
 from .launcher import cdiv, launch, power_of_2
 
 # 2 rows by 8 warps read and write at the memory's speed in the denoiser's norms, which do the same.
@@ -72,6 +73,8 @@ def quantize_rows(streams: Sequence[Tensor], kind: str) -> list[QuantizedRows]:
 def unpack(weights: Sequence[Packed], dtype: torch.dtype) -> list[Tensor]:
     """See ``kernels.linear.unpack``; weights alike in format and size."""
     form, values, scale, zero = weights[0]
+    if block_scales.has(form):
+        return block_scales_launch.unpack(weights, dtype)
     rows, columns = values.shape[0], values.shape[1] * 8 // form.bits
     options = _unpacking(rows, columns, form.bits, scale.numel(), values.dtype, zero is not None)
     if options is None:
