@@ -46,7 +46,7 @@ def machine() -> dict[str, Any]:
     """Where and when."""
     return {
         "date": datetime.date.today().isoformat(),
-        "gpu": torch.cuda.get_device_name(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU",
         "cpu": _cpu(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,

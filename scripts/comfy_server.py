@@ -94,9 +94,21 @@ class ComfyServer:
         except urllib.error.HTTPError as error:
             raise PromptRejected(error.read().decode()) from error
 
-    def post(self, path: str) -> None:
-        """POST without a body."""
-        urllib.request.urlopen(urllib.request.Request(self.url + path, b"{}", method="POST"), timeout=30)
+    def post(self, path: str, body: dict[str, Any] | None = None) -> None:
+        """POST a JSON object, an empty one by default."""
+        content = json.dumps(body or {}).encode()
+        kind = {"Content-Type": "application/json"}
+        urllib.request.urlopen(urllib.request.Request(self.url + path, content, kind), timeout=30)
+
+    def free(self, seconds: float = 30) -> int:
+        """Unload all models and forget all results, as the page's button does; bytes that the device has free
+        once the server is done with it (it collects its garbage some seconds later)."""
+        self.post("/api/free", {"unload_models": True, "free_memory": True})
+        end, seen = time.monotonic() + seconds, [0]
+        while time.monotonic() < end and (len(seen) < 4 or len(set(seen[-4:])) > 1):
+            time.sleep(1)
+            seen.append(self.get("/api/system_stats")["devices"][0]["vram_free"])
+        return seen[-1]
 
     def wait(self, prompt_id: str, seconds: float = 300) -> dict[str, Any]:
         """The history entry of a prompt once it has ended, however it ended."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,6 +29,46 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Pat
 def tiny_folder(tiny_models: Path) -> Path:
     """The tiny Lens folder in diffusers' layout (F32 denoiser, MXFP4 encoder)."""
     return tiny_models / "lens" / "Lens-tiny"
+
+
+@pytest.fixture(scope="session")
+def picture_prompt() -> Callable[..., dict[str, Any]]:
+    """Builds an API prompt that draws a 512-pixel picture; keyword arguments override inputs, given
+    as node__input, for example ``sampler__steps=3``."""
+
+    def build(**overrides: Any) -> dict[str, Any]:
+        nodes = {
+            "model": ("LensModelLoader", {"model_name": "Lens-Turbo-tiny", "dtype": "auto"}),
+            "encoder": ("LensEncoderLoader", {"encoder_name": "Lens-Turbo-tiny"}),
+            "vae": ("LensVAELoader", {"vae_name": "Lens-Turbo-tiny"}),
+            "text": ("LensTextEncode", {"clip": ["encoder", 0], "prompt": "a circle", "negative": ""}),
+            "size": (
+                "LensEmptyLatent",
+                {"base_resolution": "512", "aspect_ratio": "1:1", "batch_size": 1},
+            ),
+            "sampler": (
+                "LensSampler",
+                {
+                    "model": ["model", 0],
+                    "positive": ["text", 0],
+                    "negative": ["text", 1],
+                    "latent": ["size", 0],
+                    "seed": 7,
+                    "steps": 2,
+                    "cfg": 1.0,
+                    "noise": "host",
+                    "denoise": 1.0,
+                },
+            ),
+            "decode": ("LensVAEDecode", {"latent": ["sampler", 0], "vae": ["vae", 0]}),
+            "save": ("SaveImage", {"images": ["decode", 0], "filename_prefix": "test"}),
+        }
+        for key, value in overrides.items():
+            node, _, name = key.partition("__")
+            nodes[node][1][name] = value
+        return {key: {"class_type": kind, "inputs": inputs} for key, (kind, inputs) in nodes.items()}
+
+    return build
 
 
 @pytest.fixture(autouse=True)

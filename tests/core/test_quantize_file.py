@@ -12,11 +12,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from lens_core.config import DenoiserConfig
+from lens_core.denoiser import LensDenoiser
 from lens_core.denoiser_file import DenoiserFile
 from lens_core.errors import CheckpointError, SettingError
 from lens_core.loading import load_denoiser, open_denoiser
 from lens_core.quant.policy import MODES, fits, is_quantized
 from lens_core.quantize_file import quantize_file, variant_of_file
+from lens_core.tiny.models import random_weights
 from lens_core.weights.tensor_info import DTYPES
 from tests.core.quantize_cases import MODE, TENSORS, finish, raw, stop_after
 from tests.denoiser_gguf import write_denoiser
@@ -52,11 +55,15 @@ def test_the_file_loads_as_what_is_quantised_while_loading(either: Path, target:
     assert layers == {n for n in sizes if is_quantized(n) and fits(sizes[n], MODES[mode].form)} != set()
 
 
+@pytest.mark.parametrize("channels", [128, 3])
 @pytest.mark.parametrize("mode", MODES)
 def test_the_safetensors_library_reads_it_and_every_tensor_is_aligned(
-    source: DenoiserFile, target: Path, mode: str
+    tmp_path: Path, target: Path, mode: str, channels: int
 ):
-    quantize_file(source, mode, target)
+    """Also with 3 channels, where proj_out.bias takes 6 bytes and lies before all blocks."""
+    config = DenoiserConfig(num_layers=1, num_attention_heads=2, enc_hidden_dim=64, in_channels=channels)
+    save_file(random_weights(LensDenoiser(config), torch.Generator().manual_seed(0)), tmp_path / "source")
+    quantize_file(open_denoiser(tmp_path / "source"), mode, target)
     loaded = load_file(target)
     with target.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")

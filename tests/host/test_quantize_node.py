@@ -98,7 +98,9 @@ def test_comfyuis_own_loader_draws_with_the_file(host, quantize, models, tiny, d
     ours, *_ = host.run("LensModelLoader", model_name=path.name, dtype="bfloat16", quantization="none")
     layers = [name for name, layer in network.named_modules() if getattr(layer, "quant_format", None)]
     with safe_open(path, "pt") as file:
-        stored = {name.removesuffix(".comfy_quant") for name in file.keys() if name.endswith(".comfy_quant")}
+        stored = {
+            name.removesuffix(".comfy_quant") for name in list(file.keys()) if name.endswith(".comfy_quant")
+        }
         conf = {name: json.loads(bytes(file.get_tensor(f"{name}.comfy_quant").tolist())) for name in stored}
     assert set(layers) == stored and len(stored) >= 12
     for name in layers:
