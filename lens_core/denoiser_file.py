@@ -38,9 +38,12 @@ class DenoiserFile:
         source = rename(self.checkpoint.header, DENOISER)
         self.stored = stored_layers(self.checkpoint, source, self.sizes)
 
-    def mode(self, quantization: str, device: torch.device) -> str:
+    def mode(self, quantization: str, device: torch.device, free: int | None = None) -> str:
         """What a choice means for this file on this device: itself, or for ``auto`` one that is logged with
-        its reason. Of a file that is quantised already, whether inputs are is all that can be chosen."""
+        its reason. Of a file that is quantised already, whether inputs are is all that can be chosen.
+
+        ``free``: bytes of GPU memory that there will be, where the caller knows better than the GPU.
+        """
         if quantization == NONE:
             return NONE
         if self.stored:
@@ -50,7 +53,8 @@ class DenoiserFile:
         steps = {
             name: rows * columns for name, (rows, columns) in self.sizes.items() if not is_modulation(name)
         }
-        mode, why = policy.choose(steps, *_gpu(device))
+        there, capability, name = _gpu(device)
+        mode, why = policy.choose(steps, there if free is None else free, capability, name)
         log.info("Quantisation: auto chose %s: %s.", mode, why)
         return mode
 

@@ -112,9 +112,8 @@ def choose(
 
 
 def _for(capability: tuple[int, int] | None) -> tuple[str, str]:
-    """The modes of 8 and of 4 bits for a GPU."""
+    """The modes of 8 and of 4 bits for a GPU. Integers in 8 bits round three times as fine as floats and are
+    as fast up to Hopper; from Blackwell on floats are faster."""
     if capability is None or capability < (8, 0):
         return "int8_weight_only", "int4_weight_only"
-    if capability < (8, 9):
-        return "int8_dynamic", "int4_weight_only"
-    return "float8_dynamic", "nvfp4" if capability >= (10, 0) else "int4_weight_only"
+    return ("int8_dynamic", "int4_weight_only") if capability < (10, 0) else ("float8_dynamic", "nvfp4")

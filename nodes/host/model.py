@@ -33,7 +33,7 @@ from ...lens_core.weights import variant_of
 from ...lens_core.weights.loader import AnyCheckpoint
 from .denoiser import GRAPHS, RUN, HostDenoiser
 from .progress import on_progress
-from .quantized import operations
+from .quantized import free_for_models, operations
 from .reader import host_reader
 from .residency import patcher_class
 from .run import sample_with_run
@@ -145,7 +145,7 @@ def load_model(
     cast = management.unet_manual_cast(held, device, supported)
     if dtype != torch.float32 and (cast or held) == torch.float32 and _lacks_bfloat16(device):
         _say_slow()
-    mode = file.mode(quantization, device)
+    mode = file.mode(quantization, device, free_for_models(device))
     quantized = operations(cast or held) if file.layers(mode, device) else None
     model_config = LensModelConfig(file.config, variant, quantized)
     model_config.set_inference_dtype(held, cast)

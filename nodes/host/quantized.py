@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import comfy.model_management
 import comfy.ops
 import comfy.quant_ops
 import torch
@@ -148,6 +149,15 @@ class _QuantizedLinear:
         if not isinstance(weight, QuantizedTensor) or kitchen.has(self.form):
             return super()._forward(definitions.as_tensor(x), weight, bias)
         return linear(x, packed_of(weight, self.form), bias, choose_linear(x.device, x.dtype))
+
+
+def free_for_models(device: torch.device) -> int | None:
+    """Bytes of GPU memory that ComfyUI can give a model, all others unloaded; None without a GPU."""
+    management = comfy.model_management
+    if device.type in ("cpu", "mps"):
+        return None
+    loaded = (entry for entry in management.current_loaded_models if entry.device == device)
+    return management.get_free_memory(device) + sum(entry.model_loaded_memory() for entry in loaded)
 
 
 def packed_of(weight: Any, form: LayerFormat) -> Packed:

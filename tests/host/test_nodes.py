@@ -21,7 +21,7 @@ PACK = Path(__file__).parents[2]
 NODES = {
     "LensModelLoader": (
         "Lens Model Loader",
-        ["model_name", "dtype"],
+        ["model_name", "dtype", "quantization"],
         [("MODEL", "MODEL"), ("steps", "INT"), ("cfg", "FLOAT")],
     ),
     "LensQuantizeModel": (
@@ -76,6 +76,7 @@ NODES = {
 # Values that a workflow stores, by node and input: (type, default).
 SETTINGS = {
     ("LensModelLoader", "dtype"): (["auto", "bfloat16", "float32"], "auto"),
+    ("LensModelLoader", "quantization"): (["none", "auto", *MODES], "none"),
     ("LensQuantizeModel", "quantization"): (list(MODES), "float8_dynamic"),
     ("LensQuantizeModel", "file_name"): ("STRING", ""),
     ("LensQuantizeModel", "overwrite"): ("BOOLEAN", False),
@@ -193,6 +194,7 @@ def test_what_older_workflows_lack_is_optional(host):
         ("LensTextEncode", "negative"),
         ("LensTextEncode", "extended"),
         ("LensTextEncode", "template_date"),
+        ("LensModelLoader", "quantization"),
         ("LensEncoderLoader", "placement"),
         ("LensEncoderLoader", "experts"),
         ("LensEncoderLoader", "feature_cache"),

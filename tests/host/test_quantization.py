@@ -80,3 +80,34 @@ def _tensors(model):
             yield from (getattr(parameter, name) for name in names)
         else:
             yield parameter
+
+
+def test_memory_of_other_models_counts_as_free(host, tiny, monkeypatch):
+    """``auto`` does not depend on what was drawn before: the host unloads that for the model."""
+    import comfy.model_management as management
+
+    gpu = torch.device("cuda", 0)
+    loaded = [management.LoadedModel(tiny.model)]
+    loaded[0].device = gpu
+    monkeypatch.setattr(tiny.model, "loaded_size", lambda: 5_000)
+    monkeypatch.setattr(management, "current_loaded_models", loaded)
+    monkeypatch.setattr(management, "get_free_memory", lambda device: 1_000)
+    free_for_models = host.module("nodes.host.quantized").free_for_models
+    assert free_for_models(gpu) == 6_000
+    assert free_for_models(torch.device("cuda", 1)) == 1_000
+    assert free_for_models(torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize("free, mode", [(30, "none"), (7, "int8_dynamic"), (4.5, "int4_weight_only")])
+def test_auto_goes_by_what_is_free(host, load, monkeypatch, caplog, free, mode):
+    """A published-size model on an Ada GPU: only the choice is made here, on the tiny one's file."""
+    from lens_core.quant import policy
+
+    own = host.module("lens_core.quant.policy")
+    sizes = {f"transformer_blocks.{block}.attn.img_qkv": 57_000_000 for block in range(48)}
+    mode_, why = own.choose(sizes, int(free * 1e9), (8, 9), "a GPU")
+    assert mode_ == mode and "GB of a GPU are free" in why
+    assert policy.choose(sizes, int(free * 1e9), (8, 9), "a GPU") == (mode_, why)
+    with caplog.at_level("INFO"):
+        load("auto")
+    assert "auto chose none" in caplog.text
