@@ -204,7 +204,7 @@ def test_inputs_are_quantised_where_the_gpu_multiplies_them_and_the_file_lets_it
     exact = from_entry({"format": kind, "full_precision_matrix_mult": True}, "layer")
     monkeypatch.setattr(torch.version, "hip", None)
     for capability, there in (((10, 0), True), ((12, 0), True), ((9, 0), False), ((8, 9), False)):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
+        monkeypatch.setattr(kitchen, "_capability", lambda _, found=capability: found)
         assert kitchen.multiplies(form, gpu) is there
         assert not kitchen.multiplies(exact, gpu)
     assert not kitchen.multiplies(form, torch.device("cpu"))
