@@ -98,7 +98,7 @@ def no_kitchen(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_linears_unpack_where_nothing_multiplies_the_format(form: LayerFormat, request):
     weights = [kitchen.quantize(torch.randn(96, 256), form) for _ in range(2)]
     request.getfixturevalue("no_kitchen")
-    biases = [torch.randn(96), None]
+    biases = [torch.randn(96), torch.randn(96)]
     streams = [torch.randn(2, tokens, 256) for tokens in (5, 3)]
     calls: list[int] = []
 
