@@ -102,12 +102,16 @@ class ComfyServer:
 
     def free(self, seconds: float = 30) -> int:
         """Unload all models and forget all results, as the page's button does; bytes that the device has free
-        once the server is done with it (it collects its garbage some seconds later)."""
+        once the server is done with it. It collects its garbage some seconds later; of RAM, where others come
+        and go, no steady figure is waited for."""
         self.post("/api/free", {"unload_models": True, "free_memory": True})
         end, seen = time.monotonic() + seconds, [0]
         while time.monotonic() < end and (len(seen) < 4 or len(set(seen[-4:])) > 1):
             time.sleep(1)
-            seen.append(self.get("/api/system_stats")["devices"][0]["vram_free"])
+            device = self.get("/api/system_stats")["devices"][0]
+            seen.append(device["vram_free"])
+            if device["type"] == "cpu":
+                break
         return seen[-1]
 
     def wait(self, prompt_id: str, seconds: float = 300) -> dict[str, Any]:
