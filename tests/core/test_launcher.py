@@ -176,6 +176,15 @@ def test_the_interpreter_compiles_nothing(monkeypatch: pytest.MonkeyPatch):
     assert function.counts() == (3, 0) and launcher._compiled == {}
 
 
+def test_amd_launches_go_through_triton(monkeypatch: pytest.MonkeyPatch):
+    """It compiles for a tensor's size there, too."""
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    function = Function()
+    for _ in range(3):
+        launch(function, (7,), operands(), CONSTANTS, 4)
+    assert function.counts() == (3, 0) and launcher._compiled == {}
+
+
 @pytest.mark.parametrize(
     "constants",
     [{"ADD": True, "WIDTH": 96}, {"WIDTH": 96}, {**CONSTANTS, "MORE": 1}, {"rows": 1, **CONSTANTS}],

@@ -50,12 +50,14 @@ def launch(
             addresses |= operand.data_ptr()
     name.append(torch.cuda.current_device() if operands[0].is_cuda else None)  # type: ignore[union-attr]
     key = tuple(name)
-    compiled = None if addresses & _ALIGNED else _compiled.get(key)
+    # For AMD's GPUs Triton compiles by a tensor's size too, which the key does not hold.
+    known = not addresses & _ALIGNED and torch.version.hip is None
+    compiled = _compiled.get(key) if known else None
     if compiled is not None:
         compiled[(*grid, 1, 1)[:3]](*operands, *constants.values())
         return
     compiled = function[tuple(grid)](*operands, **constants, num_warps=num_warps, **options)
-    if not backend.interpreted() and not addresses & _ALIGNED:
+    if known and not backend.interpreted():
         _check(function, operands, constants)
         _compiled[key] = compiled
 
