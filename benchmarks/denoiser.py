@@ -27,6 +27,7 @@ from benchmarks.common import RESULTS, median_ms, peak_gb, write
 from lens_core.config import DenoiserConfig
 from lens_core.denoiser import BlockGraphs, DenoiserRun, LensDenoiser, transformer
 from lens_core.kernels import EAGER_BLOCK
+from lens_core.kernels.backend import apart
 from lens_core.ops import cudnn_sdpa, sdpa
 from lens_core.tiny.models import random_weights
 
@@ -81,10 +82,6 @@ class Case:
         return native(image, self.sigma, self.text.flatten(2), mask).flatten(2).transpose(1, 2)
 
 
-def relative_l2(got: Tensor, want: Tensor) -> float:
-    return ((got.double() - want.double()).norm() / want.double().norm()).item()
-
-
 @contextmanager
 def plain_torch() -> Iterator[None]:
     """As on a machine without Triton."""
@@ -106,10 +103,10 @@ def measure(case: Case, model: LensDenoiser, exact: LensDenoiser, native: torch.
     with plain_torch():
         latents, full = case.latents.float(), case.text.float()
         want = exact(latents, case.sigma, full, case.grid, attention=sdpa)
-        plain = relative_l2(case.ours(model, DenoiserRun(), case.text, attention=sdpa), want)
+        plain = apart(case.ours(model, DenoiserRun(), case.text, attention=sdpa), want)
     result: dict[str, Any] = {"plain PyTorch": {"error": plain}}
     for name, call in {**ours, "ComfyUI": lambda: case.theirs(native)}.items():
-        error = max(relative_l2(call(), want) for _ in range(3))
+        error = max(apart(call(), want) for _ in range(3))
         if name in ours and not error <= TOLERANCE * plain:
             raise SystemExit(f"{name} is off by {error:.2e}, plain PyTorch in bf16 by {plain:.2e}: no speed.")
         result[name] = {"ms": median_ms(call, 20, 4), "error": error, "peak GB": peak_gb(call)}
@@ -137,11 +134,10 @@ def floor_ms(tokens: int, text: int) -> float:
 def memory(model: LensDenoiser) -> dict[str, float]:
     """Weights on the GPU in GB, with and without the modulation's, and a run's table."""
     whole = torch.cuda.memory_allocated()
-    run = DenoiserRun([1 - step / 20 for step in range(20)])
+    levels = [1 - step / 20 for step in range(20)]
+    run = DenoiserRun(levels)
     sigma = torch.ones(1, device=DEVICE)
-    ms = median_ms(
-        lambda: DenoiserRun([1 - i / 20 for i in range(20)]).modulation(model, sigma, torch.bfloat16)
-    )
+    ms = median_ms(lambda: DenoiserRun(levels).modulation(model, sigma, torch.bfloat16))
     run.modulation(model, sigma, torch.bfloat16)
     table = torch.cuda.memory_allocated() - whole
     for block in model.blocks:

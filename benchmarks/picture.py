@@ -33,9 +33,10 @@ import comfy.samplers
 import comfy.sd
 
 from benchmarks.common import RESULTS, median_ms, write
-from benchmarks.denoiser import TOLERANCE, load, plain_torch, relative_l2
+from benchmarks.denoiser import TOLERANCE, load, plain_torch
 from benchmarks.encoder import CONFIG, _nvfp4, random_mxfp4
 from lens_core.denoiser import DenoiserRun
+from lens_core.kernels.backend import apart
 from lens_core.ops import sdpa
 from lens_core.sampling import euler, sigmas
 from lens_core.tiny.models import random_weights
@@ -160,8 +161,8 @@ def check(folder: Path, grid: tuple[int, int] = (64, 64)) -> dict[str, float]:
 
     with plain_torch():
         want = draw(exact, torch.float32, attention=sdpa)
-        plain = relative_l2(draw(model, torch.bfloat16, attention=sdpa), want)
-    error = relative_l2(draw(model, torch.bfloat16), want)
+        plain = apart(draw(model, torch.bfloat16, attention=sdpa), want)
+    error = apart(draw(model, torch.bfloat16), want)
     if not error <= TOLERANCE * plain:
         raise SystemExit(f"Ours is off by {error:.2e}, plain PyTorch in bf16 by {plain:.2e}: no speed.")
     return {"ours": error, "plain PyTorch": plain}

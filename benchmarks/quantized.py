@@ -23,6 +23,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.common import RESULTS, median_ms, peak_gb, write
 from benchmarks.denoiser import DEVICE, TEXT, Case, comfyui, load
+from lens_core.config import is_modulation
 from lens_core.denoiser import BlockGraphs, DenoiserRun, LensDenoiser
 from lens_core.quant import kitchen
 from lens_core.quant.policy import MODES, is_quantized
@@ -96,9 +97,8 @@ def released_gb(model: nn.Module) -> float:
             return sum(size(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
         return tensor.nbytes
 
-    kept = (
-        tensor for name, tensor in model.named_parameters() if not any(part in name for part in ("_mod.1.",))
-    )
+    parameters = model.named_parameters()
+    kept = (tensor for name, tensor in parameters if not is_modulation(name.rpartition(".")[0]))
     return sum(size(tensor) for tensor in kept) / 1e9
 
 

@@ -94,6 +94,11 @@ class EncoderOptions:
 ENCODER_OPTIONS = EncoderOptions()
 
 
+def is_modulation(name: str) -> bool:
+    """Whether a module of this name is the linear of a block's modulation."""
+    return name.endswith((".img_mod.1", ".txt_mod.1"))
+
+
 @dataclass(frozen=True)
 class Variant:
     """A published checkpoint and the settings it was published with."""

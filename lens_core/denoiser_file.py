@@ -10,13 +10,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from .config import is_modulation
 from .denoiser import LensDenoiser
-from .denoiser.modulation import is_modulation
 from .quant import policy
 from .quant.layer_format import LayerFormat
 from .quant.linear import Packed
 from .quant.policy import AUTO, MODES, NONE, Mode
-from .quantized import replace_linears
+from .quantized import linear_sizes, replace_linears
 from .weights import DENOISER, denoiser_config, load_into, open_checkpoint
 from .weights.gguf import GgufCheckpoint, is_gguf
 from .weights.keymap import rename
@@ -34,7 +34,7 @@ class DenoiserFile:
         self.path = path
         self.checkpoint: AnyCheckpoint = GgufCheckpoint(path) if is_gguf(path) else open_checkpoint(path)
         self.config = denoiser_config(self.checkpoint)
-        self.sizes = _linears(LensDenoiser(self.config, device="meta"))
+        self.sizes = linear_sizes(LensDenoiser(self.config, device="meta"))
         source = rename(self.checkpoint.header, DENOISER)
         self.stored = stored_layers(self.checkpoint, source, self.sizes)
 
@@ -120,7 +120,7 @@ class DenoiserFile:
         return {
             name: _quantizing(name, size, wanted, device)
             for name, size in self.sizes.items()
-            if policy.is_quantized(name) and policy.fits(size, wanted.form)
+            if policy.quantizes(name, size, wanted)
         }
 
 
@@ -140,15 +140,6 @@ def _gpu(device: torch.device) -> tuple[int | None, tuple[int, int] | None, str]
     return free, capability, torch.cuda.get_device_name(device)
 
 
-def _linears(model: nn.Module) -> dict[str, tuple[int, int]]:
-    layers = model.named_modules()
-    return {
-        name: (layer.out_features, layer.in_features)
-        for name, layer in layers
-        if isinstance(layer, nn.Linear)
-    }
-
-
 def _quantizing(name: str, size: tuple[int, int], mode: Mode, device: torch.device) -> QuantizedPart:
     """A layer that is quantised as it is read."""
     stored = Stored(f"{name}.weight", (size, (*size, 1, 1)))
@@ -158,6 +149,4 @@ def _quantizing(name: str, size: tuple[int, int], mode: Mode, device: torch.devi
 
 
 def _pack(sources: Sequence[Source], mode: Mode, size: tuple[int, int], device: torch.device) -> Packed:
-    packed = policy.pack(sources[0].read(None).view(size).to(device), mode)
-    tensors = [tensor if tensor is None else tensor.cpu() for tensor in packed[1:]]
-    return Packed(packed.form, *tensors)  # type: ignore[arg-type]
+    return policy.pack(sources[0].read(None).view(size), mode, device)

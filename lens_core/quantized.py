@@ -6,7 +6,7 @@ any others do.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import cast
 
 import torch
@@ -18,9 +18,6 @@ from .quant import linear as definitions
 from .quant import policy
 from .quant.layer_format import SCALES, LayerFormat, to_json
 from .quant.linear import Packed
-
-# Steps done and all steps; may raise to cancel.
-OnStep = Callable[[int, int], None]
 
 
 class QuantizedLinear(nn.Module):
@@ -71,21 +68,20 @@ def replace_linears(model: nn.Module, packed: Mapping[str, Packed]) -> None:
         model.set_submodule(name, put)
 
 
-def linear_sizes(model: nn.Module) -> dict[str, int]:
-    """Numbers of weights of each linear by name."""
+def linear_sizes(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Outputs and inputs (N, K) of each of torch's linears by name."""
     layers = model.named_modules()
-    return {name: layer.weight.numel() for name, layer in layers if isinstance(layer, nn.Linear)}
+    return {
+        name: (layer.out_features, layer.in_features)
+        for name, layer in layers
+        if isinstance(layer, nn.Linear)
+    }
 
 
-def quantize_denoiser(
-    model: nn.Module, mode: str, device: torch.device | str | None = None, on_step: OnStep | None = None
-) -> None:
+def quantize_denoiser(model: nn.Module, mode: str, device: torch.device | str | None = None) -> None:
     """Quantise in place what the policy allows, on ``device`` (None: where each weight is)."""
-    layers = [name for name in linear_sizes(model) if policy.is_quantized(name)]
-    for index, name in enumerate(layers):
-        weight = cast(Tensor, model.get_submodule(name).weight)
-        packed = policy.pack(weight.detach().to(device or weight.device), policy.MODES[mode])
-        here = [None if part is None else part.to(weight.device) for part in packed[1:]]
-        replace_linears(model, {name: Packed(packed.form, *here)})  # type: ignore[arg-type]
-        if on_step is not None:
-            on_step(index + 1, len(layers))
+    wanted = policy.MODES[mode]
+    for name, size in linear_sizes(model).items():
+        if policy.quantizes(name, size, wanted):
+            weight = cast(Tensor, model.get_submodule(name).weight).detach()
+            replace_linears(model, {name: policy.pack(weight, wanted, device)})

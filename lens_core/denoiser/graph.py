@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..config import is_modulation
 from ..kernels import scaled_mm
 from .block import LensBlock, Shared, Tables, run_blocks
-from .modulation import is_modulation
 
 log = logging.getLogger(__name__)
 

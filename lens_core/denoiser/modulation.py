@@ -55,11 +55,6 @@ def modulation(denoiser: LensDenoiser, sigma: Tensor, dtype: torch.dtype) -> Mod
     return Modulation(temb, table, denoiser.norm_out.table(temb))
 
 
-def is_modulation(name: str) -> bool:
-    """Whether a module of this name is the linear of a block's modulation."""
-    return name.endswith((".img_mod.1", ".txt_mod.1"))
-
-
 def modulation_bytes(denoiser: LensDenoiser) -> int:
     """What the weights weigh that only the noise level needs."""
     layers = (layer for block in denoiser.blocks for layer in (block.img_mod, block.txt_mod))

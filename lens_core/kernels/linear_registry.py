@@ -39,7 +39,7 @@ def choose_linear(device: torch.device, dtype: torch.dtype) -> LinearKernels:
     kernels = triton_linear_kernels() if reason is None else replace(EAGER_LINEAR, multiply={})
     products = {FLOAT8: multiply_float8 if reason is not None else _float8_product, **kernels.multiply}
     here = {kind: run for kind, run in products.items() if _limit(kind, device, dtype) is None}
-    return replace(kernels, multiply=here, why_not=partial(_why_not, device=device, dtype=dtype))
+    return replace(kernels, multiply=here, why_not=cache(partial(_why_not, device=device, dtype=dtype)))
 
 
 @cache

@@ -56,6 +56,11 @@ def is_quantized(layer: str) -> bool:
     return _QUANTIZED.match(layer) is not None
 
 
+def quantizes(layer: str, size: tuple[int, int], mode: Mode) -> bool:
+    """Whether a mode quantises the linear of this name and size (N, K)."""
+    return is_quantized(layer) and fits(size, mode.form)
+
+
 def fits(size: tuple[int, int], form: LayerFormat) -> bool:
     """Whether a weight of ``size`` (N, K) can be held in ``form``: whole groups, full bytes, no padding."""
     if kitchen.has(form) and any(length % kitchen.MULTIPLE for length in size):
@@ -63,11 +68,15 @@ def fits(size: tuple[int, int], form: LayerFormat) -> bool:
     return size[1] % (form.group or 8 // form.bits) == 0
 
 
-def pack(weight: Tensor, mode: Mode) -> Packed:
-    """Weight [N, K] in a mode's format."""
+def pack(weight: Tensor, mode: Mode, device: torch.device | str | None = None) -> Packed:
+    """Weight [N, K] in a mode's format, quantised on ``device`` (None: where it is) and put where it is."""
+    there = weight if device is None else weight.to(device)
     if kitchen.has(mode.form):
-        return kitchen.quantize(weight, mode.form)
-    return definitions.quantize(weight, mode.form, mode.search)
+        packed = kitchen.quantize(there, mode.form)
+    else:
+        packed = definitions.quantize(there, mode.form, mode.search)
+    tensors = [None if tensor is None else tensor.to(weight.device) for tensor in packed[1:]]
+    return Packed(packed.form, *tensors)  # type: ignore[arg-type]
 
 
 def empty(size: tuple[int, int], form: LayerFormat) -> Packed:

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from functools import partial
 
+from ..config import is_modulation
 from ..quant.linear import Packed
 from .comfy_quant import comfy_layers, scaled_layers, unscaled_layers
 from .gguf import GgufCheckpoint
@@ -21,7 +22,6 @@ from .sdnq import sdnq_layers
 log = logging.getLogger(__name__)
 # What other programs' files have beside a quantised weight; scales of inputs are found from these anew.
 UNUSED = (r"\.input_scale$", r"\.scale_input$", r"^scaled_fp8$")
-_MODULATION = (".img_mod.1", ".txt_mod.1")
 
 
 def stored_layers(
@@ -61,7 +61,7 @@ def _repack(sources: Sequence[Source], layer: str) -> Packed:
 def warn_coarse(checkpoint: AnyCheckpoint, bits: Mapping[str, tuple[int, str]]) -> list[str]:
     """Modulation layers below 8 bits, of layers with their bits and what their format is called; warns of
     them."""
-    coarse = [name for name, (count, _) in bits.items() if name.endswith(_MODULATION) and count < 8]
+    coarse = [name for name, (count, _) in bits.items() if is_modulation(name) and count < 8]
     if coarse:
         log.warning(
             "%s: %d modulation layers have fewer than 8 bits (the first is %s in %s). They set shift, scale "

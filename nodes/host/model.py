@@ -146,7 +146,7 @@ def load_model(
     if dtype != torch.float32 and (cast or held) == torch.float32 and _lacks_bfloat16(device):
         _say_slow()
     mode = file.mode(quantization, device, free_for_models(device))
-    quantized = operations(cast or held) if file.layers(mode, device) else None
+    quantized = operations(cast or held) if file.stored or mode != NONE else None
     model_config = LensModelConfig(file.config, variant, quantized)
     model_config.set_inference_dtype(held, cast)
     model = LensModel(model_config, device="meta")

@@ -12,7 +12,7 @@ from typing import Any
 import comfy.model_patcher
 import torch
 
-from ...lens_core.denoiser.modulation import is_modulation
+from ...lens_core.config import is_modulation
 
 
 class _ModulationLast:

@@ -1,13 +1,29 @@
-"""What tests of the command line share."""
+"""What tests share: the tiny denoiser and its oracle; the command line."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
+import torch
 
 from lens_core import cli
+from lens_core.denoiser import LensDenoiser
+from lens_core.loading import load_denoiser
 from tests.core.cli_pictures import Generate
+from tests.reference import straight_line
+
+
+@pytest.fixture
+def denoiser(tiny_folder: Path) -> LensDenoiser:
+    """The tiny denoiser in fp32, each test's own."""
+    return load_denoiser(tiny_folder, torch.float32)
+
+
+@pytest.fixture(scope="module")
+def oracle(tiny_folder: Path) -> straight_line.Model:
+    """The straight-line rendering's tensors of the tiny folder."""
+    return straight_line.load_folder(tiny_folder)
 
 
 @pytest.fixture

@@ -24,16 +24,6 @@ FP32 = 1e-5
 GRIDS = [(5, 3), (1, 2), (7, 4), (2, 1)]
 
 
-@pytest.fixture
-def denoiser(tiny_folder: Path) -> LensDenoiser:
-    return load_denoiser(tiny_folder, torch.float32)
-
-
-@pytest.fixture(scope="module")
-def oracle(tiny_folder: Path) -> straight_line.Model:
-    return straight_line.load_folder(tiny_folder)
-
-
 def inputs(grid: tuple[int, int], tokens: int, sigma: float = 0.6) -> tuple[Tensor, Tensor, Tensor]:
     """Latents, sigma and text features whose layers differ in size a hundredfold, as the real ones do."""
     size = torch.tensor([1.0, 5.0, 20.0, 100.0])[:, None]

@@ -29,16 +29,6 @@ REORDERED = 1e-6
 FP32 = 1e-5
 
 
-@pytest.fixture
-def denoiser(tiny_folder: Path) -> LensDenoiser:
-    return load_denoiser(tiny_folder, torch.float32)
-
-
-@pytest.fixture(scope="module")
-def oracle(tiny_folder: Path) -> straight_line.Model:
-    return straight_line.load_folder(tiny_folder)
-
-
 def inputs(grid: tuple[int, int], tokens: int, batch: int = 1) -> tuple[Tensor, Tensor]:
     """Latents and text features."""
     return torch.randn(batch, grid[0] * grid[1], 128), torch.randn(batch, tokens, 4, 64)

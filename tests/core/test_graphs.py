@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,21 +11,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lens_core.config import is_modulation
 from lens_core.denoiser import BlockGraphs, DenoiserRun, LensDenoiser
 from lens_core.denoiser import graph as module
 from lens_core.denoiser.block import Shared, run_blocks
-from lens_core.denoiser.modulation import is_modulation
-from lens_core.loading import load_denoiser
 from lens_core.ops import sdpa
 from tests.core.graph_cases import Graph, check, inputs, install, runs, settled, shared_with
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 SIGMA = torch.tensor([0.6])
-
-
-@pytest.fixture
-def denoiser(tiny_folder: Path) -> LensDenoiser:
-    return load_denoiser(tiny_folder, torch.float32)
 
 
 @pytest.fixture

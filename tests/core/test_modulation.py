@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lens_core.config import is_modulation
 from lens_core.denoiser import DenoiserRun, LensDenoiser
 from lens_core.denoiser import modulation as module
-from lens_core.denoiser.modulation import Modulation, ModulationBank, is_modulation, modulation_bytes
+from lens_core.denoiser.modulation import Modulation, ModulationBank, modulation_bytes
 from lens_core.loading import load_denoiser
 from lens_core.sampling import sigmas
 from tests.compare import relative_l2
@@ -26,16 +27,6 @@ REORDERED = 1e-6
 # The oracle's angles and ours differ by 3e-5 near 1000 radians: see test_denoiser.py.
 FP32 = 1e-5
 LEVELS = sigmas(20, 15)[:-1].tolist()
-
-
-@pytest.fixture
-def denoiser(tiny_folder: Path) -> LensDenoiser:
-    return load_denoiser(tiny_folder, torch.float32)
-
-
-@pytest.fixture(scope="module")
-def oracle(tiny_folder: Path) -> straight_line.Weights:
-    return straight_line.load_folder(tiny_folder)["denoiser"]
 
 
 def evaluated(denoiser: LensDenoiser) -> dict[str, list[int]]:
@@ -85,13 +76,13 @@ def test_a_level_on_demand_equals_direct_evaluation_bit_for_bit(denoiser: LensDe
 
 
 @pytest.mark.parametrize("level", [LEVELS[0], LEVELS[7], LEVELS[-1]])
-def test_tables_equal_the_oracles(denoiser: LensDenoiser, oracle: straight_line.Weights, level: float):
+def test_tables_equal_the_oracles(denoiser: LensDenoiser, oracle: straight_line.Model, level: float):
     """Each block's image and text, in that order."""
     frequencies = torch.exp(-torch.arange(128, dtype=torch.float64) / 128 * torch.tensor(1e4).double().log())
     angle = 1000 * level * frequencies
-    at_name = "time_text_embed.timestep_embedder.linear_"
-    temb = straight_line.linear(oracle, at_name + "1", torch.cat([angle.cos(), angle.sin()]).float())
-    temb = straight_line.linear(oracle, at_name + "2", F.silu(temb))
+    weights, at_name = oracle["denoiser"], "time_text_embed.timestep_embedder.linear_"
+    temb = straight_line.linear(weights, at_name + "1", torch.cat([angle.cos(), angle.sin()]).float())
+    temb = straight_line.linear(weights, at_name + "2", F.silu(temb))
     bank = ModulationBank(LEVELS)
     at(bank, denoiser, LEVELS[0])
     tables = at(bank, denoiser, level).tables()
@@ -100,7 +91,7 @@ def test_tables_equal_the_oracles(denoiser: LensDenoiser, oracle: straight_line.
         for stream, table in zip(("img", "txt"), pair, strict=True):
             name = f"transformer_blocks.{index}.{stream}_mod.1"
             assert table.shape == (1, 6 * denoiser.config.hidden_size)
-            assert relative_l2(table[0], straight_line.linear(oracle, name, F.silu(temb))) < FP32
+            assert relative_l2(table[0], straight_line.linear(weights, name, F.silu(temb))) < FP32
 
 
 def test_a_runs_levels_are_evaluated_in_one_go(denoiser: LensDenoiser):

@@ -7,9 +7,8 @@ import re
 import pytest
 import torch
 
-from lens_core.config import DenoiserConfig
+from lens_core.config import DenoiserConfig, is_modulation
 from lens_core.denoiser import LensDenoiser
-from lens_core.denoiser.modulation import is_modulation
 from lens_core.quant import policy
 from lens_core.quant.policy import MODES, choose
 from lens_core.quantized import linear_sizes, replace_linears
@@ -29,7 +28,7 @@ def published() -> LensDenoiser:
 def steps(published) -> dict[str, int]:
     """Its linears' numbers of weights, those of the modulation left out."""
     sizes = linear_sizes(published)
-    return {name: count for name, count in sizes.items() if not is_modulation(name)}
+    return {name: rows * columns for name, (rows, columns) in sizes.items() if not is_modulation(name)}
 
 
 def test_what_is_quantised(published):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +13,6 @@ from lens_core.denoiser import STEP_CACHE_OFF, DenoiserRun, LensDenoiser, StepCa
 from lens_core.denoiser.block import run_blocks
 from lens_core.errors import SettingError
 from lens_core.interval import WHOLE, Interval
-from lens_core.loading import load_denoiser
 from lens_core.sampling import sigmas
 
 GRID = (5, 3)
@@ -29,11 +27,6 @@ def options(threshold: float = ALWAYS, interval: Interval = WHOLE, in_a_row: int
 
 
 # With the tiny denoiser
-
-
-@pytest.fixture
-def denoiser(tiny_folder: Path) -> LensDenoiser:
-    return load_denoiser(tiny_folder, torch.float32)
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import psutil
 import pytest
 import torch
 
-from lens_core.denoiser.modulation import is_modulation
+from lens_core.config import is_modulation
 
 PACK = Path(__file__).parents[2]
 ROUNDS = 100

@@ -150,6 +150,28 @@ def draw(host: Host, tiny: Tiny) -> Callable[..., dict[str, Any]]:
     return run
 
 
+@pytest.fixture
+def ksampler(host: Host, tiny: Tiny) -> Callable[..., torch.Tensor]:
+    """ComfyUI's KSampler on the same latent, two steps of Euler at cfg 5; arguments replace inputs."""
+
+    def run(model: Any = tiny.model, **changes: Any) -> torch.Tensor:
+        inputs = {
+            "seed": 1,
+            "steps": 2,
+            "cfg": 5.0,
+            "sampler_name": "euler",
+            "scheduler": "simple",
+            "positive": tiny.positive,
+            "negative": tiny.negative,
+            "latent_image": {"samples": torch.zeros(1, 128, 6, 4)},
+            "denoise": 1.0,
+        }
+        (latent,) = host.run("KSampler", model=model, **{**inputs, **changes})
+        return latent["samples"]
+
+    return run
+
+
 @pytest.fixture(scope="session")
 def stock_lens(host: Host, tiny_folder: Path) -> Callable[..., Any]:
     """Builds ComfyUI's own Lens network with the tiny fp32 weights and the reference's q/k epsilon."""

@@ -7,9 +7,8 @@ import math
 import pytest
 import torch
 
-from lens_core.config import DenoiserConfig
+from lens_core.config import DenoiserConfig, is_modulation
 from lens_core.denoiser import LensDenoiser
-from lens_core.denoiser.modulation import is_modulation
 from tests.host.fake_gpu import CPU, GPU, FakeGpu, own_bytes, use_dynamic_patchers
 from tests.host.helpers import random_context, random_latent, write_lora
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lens_core.denoiser.modulation import is_modulation
+from lens_core.config import is_modulation
 from lens_core.tiny import models
 from tests.host.fake_gpu import CPU, GPU, FakeGpu, own_bytes
 

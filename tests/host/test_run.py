@@ -6,12 +6,12 @@ Counted at the layers themselves, in whole runs by our nodes and ComfyUI's.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 import torch
 
-from lens_core.denoiser.modulation import is_modulation
+from lens_core.config import is_modulation
 from lens_core.tiny import models
 from tests.compare import relative_l2
 from tests.host.helpers import random_context
@@ -53,25 +53,6 @@ def without_run(model):
     return clone
 
 
-@pytest.fixture
-def ksampler(host, tiny) -> Callable:
-    def run(model=tiny.model, **changes):
-        inputs = {
-            "seed": 1,
-            "steps": STEPS,
-            "cfg": 5.0,
-            "sampler_name": "euler",
-            "scheduler": "simple",
-            "positive": tiny.positive,
-            "negative": tiny.negative,
-            "latent_image": EMPTY,
-            "denoise": 1.0,
-        }
-        return host.run("KSampler", model=model, **{**inputs, **changes})[0]["samples"]
-
-    return run
-
-
 @pytest.mark.parametrize("cfg", [1.0, 5.0])
 def test_lens_sampler_evaluates_the_modulation_once(draw, tiny, calls, cfg):
     got = draw(steps=STEPS, cfg=cfg)["samples"]
@@ -95,21 +76,21 @@ def test_a_run_of_more_levels_than_a_table_holds(draw, calls):
 
 
 def test_stock_ksampler_evaluates_it_once(ksampler, tiny, calls):
-    got = ksampler()
+    got = ksampler(steps=STEPS)
     assert modulations(calls) == LINEARS * [1]
-    assert relative_l2(got, ksampler(without_run(tiny.model))) < SAME
+    assert relative_l2(got, ksampler(without_run(tiny.model), steps=STEPS)) < SAME
 
 
 @pytest.mark.parametrize("sampler", ["dpm_2", "dpmpp_2s_ancestral", "heun", "euler_ancestral", "uni_pc"])
 def test_levels_between_the_schedules_are_evaluated_as_they_come(ksampler, tiny, calls, sampler):
     """Each once, for prompt and negative; those of the schedule together before the first step."""
     model, planned, seen = with_spy_on_levels(tiny.model)
-    got = ksampler(model, sampler_name=sampler)
+    got = ksampler(model, steps=STEPS, sampler_name=sampler)
     between = seen - planned
     assert modulations(calls) == LINEARS * [1 + len(between)]
     assert bool(between) == (sampler in ("dpm_2", "dpmpp_2s_ancestral"))
     assert planned & seen, "no level of the schedule was asked for"
-    assert relative_l2(got, ksampler(without_run(tiny.model), sampler_name=sampler)) < SAME
+    assert relative_l2(got, ksampler(without_run(tiny.model), steps=STEPS, sampler_name=sampler)) < SAME
 
 
 def with_spy_on_levels(model):

@@ -56,26 +56,6 @@ def run_parts(host, tiny):
     return run
 
 
-@pytest.fixture
-def ksampler(host, tiny):
-    def run(model=tiny.model, **changes):
-        inputs = {
-            "seed": 1,
-            "steps": 2,
-            "cfg": 5.0,
-            "sampler_name": "euler",
-            "scheduler": "simple",
-            "positive": tiny.positive,
-            "negative": tiny.negative,
-            "latent_image": EMPTY,
-            "denoise": 1.0,
-        }
-        (latent,) = host.run("KSampler", model=model, **{**inputs, **changes})
-        return latent["samples"]
-
-    return run
-
-
 def walk(network, tiny, start, levels, cfg):
     """A hand-written Euler loop over [B, 128, h, w], guided along the channels."""
     config = network.config
