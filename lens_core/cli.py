@@ -28,6 +28,7 @@ from .errors import LensError, SettingError
 from .feature_cache import FeatureCache
 from .images import save_png
 from .interval import WHOLE, Interval
+from .memory.plan import OFFLOADS
 from .ops import Attention, flash3_on
 from .pipeline import LensPipeline
 from .prompt import check_date, today
@@ -70,6 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--out", type=Path, default=Path("outputs"), help="folder for the pictures")
     _add_saving_flags(generate)
     _add_speed_flags(generate)
+    _add_memory_flags(generate)
     _add_encoder_flags(generate)
     cache = commands.add_parser("cache", help="show or clear the text features kept on disk")
     cache.add_argument("--folder", default=default_cache(), metavar="DIR", help="default: %(default)s")
@@ -94,6 +96,16 @@ def _add_speed_flags(parser: argparse.ArgumentParser) -> None:
     add("--attention", default="auto", help=f"the denoiser's, one of {', '.join(_ATTENTIONS)}")
     smaller = f"quantise the denoiser's weights, one of {', '.join(CHOICES)}; auto: if the GPU needs it"
     add("--quant_transformer", default=NONE, metavar="MODE", help=smaller)
+
+
+def _add_memory_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("GPU memory").add_argument
+    meaning = (
+        f"what leaves the GPU, one of {', '.join(OFFLOADS)}; auto: as little as fits, none: nothing, model "
+        "(or the flag alone): each component after its part, stream: that, and layers come one by one"
+    )
+    add("--offload", nargs="?", const="model", default="auto", metavar="MODE", help=meaning)
+    add("--vram_budget", type=float, default=None, metavar="GB", help="use no more of the GPU than this")
 
 
 def _add_encoder_flags(parser: argparse.ArgumentParser) -> None:
@@ -129,7 +141,14 @@ def generate(args: argparse.Namespace) -> list[Path]:
     device = torch.device(args.device)
     with tqdm(desc="Loading", unit="tensor", leave=False, disable=None) as bar:
         pipeline = LensPipeline.from_folder(
-            args.repo_id, device, dtype, _count(bar), options, args.quant_transformer
+            args.repo_id,
+            device,
+            dtype,
+            _count(bar),
+            options,
+            args.quant_transformer,
+            args.offload,
+            _limited(device, args.vram_budget),
         )
     pipeline.attention, pipeline.graphs = attention, BlockGraphs() if args.cuda_graphs else None
     noise = pipeline.noise(seed, len(prompts) * args.n, size)
@@ -147,7 +166,7 @@ def generate(args: argparse.Namespace) -> list[Path]:
                 steps=steps,
                 cfg=cfg,
                 negative=args.negative_prompt,
-                on_step=_count(bar),
+                on_step=_position(bar),
                 guided=guided,
                 step_cache=step_cache,
             )
@@ -180,6 +199,20 @@ def _count(bar: tqdm) -> OnStep:
     return lambda *_: bar.update()
 
 
+def _position(bar: tqdm) -> OnStep:
+    """A callback (done, total) that moves the bar to a step, back too where a picture is begun again."""
+    return lambda done, _: bar.update(done - bar.n)
+
+
+def _limited(device: torch.device, gigabytes: float | None) -> float | None:
+    """The budget in bytes, which the GPU's allocator now enforces."""
+    if gigabytes is None:
+        return None
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, gigabytes * 1e9 / total), device)
+    return gigabytes * 1e9
+
+
 def _check(args: argparse.Namespace) -> tuple[torch.dtype, Variant, tuple[int, int]]:
     """Dtype, variant and (height, width) that the flags mean; raises before anything is loaded."""
     if args.dtype not in _DTYPES:
@@ -191,6 +224,10 @@ def _check(args: argparse.Namespace) -> tuple[torch.dtype, Variant, tuple[int, i
     for flag, value in (("--n", args.n), ("--steps", args.steps)):
         if value is not None and value < 1:
             raise SettingError(f"{flag} must be at least 1, got {value}.")
+    if args.offload not in OFFLOADS:
+        raise SettingError(f"--offload must be one of {', '.join(OFFLOADS)}, got {args.offload}.")
+    if args.vram_budget is not None and not args.vram_budget > 0:
+        raise SettingError(f"--vram_budget must be above 0 GB, got {args.vram_budget}.")
     if args.cfg is not None and not math.isfinite(args.cfg):
         raise SettingError(f"--cfg must be a finite number, got {args.cfg}.")
     if args.seed is not None and not 0 <= args.seed < 2**64:
@@ -204,6 +241,10 @@ def _check(args: argparse.Namespace) -> tuple[torch.dtype, Variant, tuple[int, i
             "and tokenizer/ in it."
         )
     _check_device(args.device)
+    if args.vram_budget is not None and torch.device(args.device).type != "cuda":
+        raise SettingError(
+            f"--vram_budget limits an NVIDIA GPU, but --device is {args.device}. Leave it out."
+        )
     folder = Path(args.repo_id)
     # A link's own name counts too: caches keep the files under a hash.
     variant = variant_of(f"{folder.absolute().name} {folder.resolve().name}")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -13,12 +14,14 @@ from torch import Tensor
 from .config import ENCODER_OPTIONS, EncoderOptions
 from .denoiser import STEP_CACHE_OFF, BlockGraphs, DenoiserRun, LensDenoiser, StepCache, StepCacheOptions
 from .encoder import no_features
-from .errors import SettingError
 from .feature_cache import FeatureCache
 from .interval import WHOLE, Interval
 from .loading import build_denoiser, load_vae, open_denoiser, open_encoder
+from .memory.plan import Plan
+from .memory.recovery import OutOfMemory, recovering, shortage
 from .ops import Attention
 from .quant.policy import NONE
+from .residence import Picture, Residence
 from .sampling import (
     euler,
     norm_rescaled_guidance,
@@ -34,26 +37,23 @@ from .vae import LensVAE, to_uint8
 from .weights.loader import OnTensor
 
 log = logging.getLogger(__name__)
-# GPU memory that the encoder's layers leave to sampling and decoding when placed by "auto".
-_WORKING_MEMORY = 6 << 30
 
 
 @dataclass
 class LensPipeline:
     """The components of a Lens folder on one device; the text encoder is read when a prompt needs it.
 
-    ``attention`` and ``graphs`` are the denoiser's; ``quantization`` is what its weights were quantised by.
+    ``residence`` says where each is; ``attention`` and ``graphs`` are the denoiser's; ``quantization`` is
+    what its weights were quantised by.
     """
 
-    text: TextEncoder
-    denoiser: LensDenoiser
-    vae: LensVAE
-    device: torch.device
+    residence: Residence
     dtype: torch.dtype
     options: EncoderOptions = ENCODER_OPTIONS
     attention: Attention | None = None
     graphs: BlockGraphs | None = None
     quantization: str = NONE
+    _tokens: dict[str, Sequence[int]] = field(default_factory=dict)
 
     @classmethod
     def from_folder(
@@ -64,10 +64,13 @@ class LensPipeline:
         on_tensor: OnTensor | None = None,
         options: EncoderOptions = ENCODER_OPTIONS,
         quantization: str = NONE,
+        offload: str = "auto",
+        budget: float | None = None,
     ) -> LensPipeline:
         """Load a folder in diffusers' layout; ``on_tensor(done, total)`` counts in each component.
 
-        ``quantization`` is one of ``policy.CHOICES``, for the denoiser.
+        ``quantization`` is one of ``policy.CHOICES``, for the denoiser; ``offload`` one of
+        ``memory.plan.OFFLOADS``, within ``budget`` bytes of the device (None: all that is free).
         """
         file = open_encoder(folder)
         kept = None if options.feature_cache is None else FeatureCache(options.feature_cache)
@@ -76,8 +79,26 @@ class LensPipeline:
         mode = opened.mode(quantization, device)
         denoiser = build_denoiser(opened, dtype, on_tensor=on_tensor, mode=mode, device=device)
         vae = load_vae(folder, dtype, on_tensor)
-        placed = denoiser.to(device), vae.to(device)
-        return cls(text, *placed, device, dtype, options, quantization=mode)
+        residence = Residence(
+            text, denoiser, vae, device, offload=offload, placement=options.placement, budget=budget
+        )
+        return cls(residence, dtype, options, quantization=mode)
+
+    @property
+    def text(self) -> TextEncoder:
+        return self.residence.text
+
+    @property
+    def denoiser(self) -> LensDenoiser:
+        return self.residence.denoiser
+
+    @property
+    def vae(self) -> LensVAE:
+        return self.residence.vae
+
+    @property
+    def device(self) -> torch.device:
+        return self.residence.device
 
     @torch.inference_mode()
     def __call__(
@@ -95,12 +116,58 @@ class LensPipeline:
     ) -> Tensor:
         """Pictures [B, H, W, 3] in bytes from starting noise [B, N, C]; ``size`` is (height, width).
 
-        Outside the ``guided`` steps cfg is 1; ``step_cache`` says which steps may be skipped.
+        Outside the ``guided`` steps cfg is 1; ``step_cache`` says which steps may be skipped. Where memory
+        runs out after all, once more with everything streamed; raises OutOfMemory if that fails too.
         """
+        asked = [prompt, *([negative] if negative.strip() and cfg != 1 else ())]
+        tokens = max(len(self._ids(text)) for text in asked)
+        picture = Picture(*size, noise.shape[0], tokens, steps)
+        draw = partial(
+            self._draw, asked, noise, size, steps, cfg, on_step=on_step, guided=guided, step_cache=step_cache
+        )
+        return recovering(
+            lambda: draw(self.residence.plan(picture)),
+            lambda: draw(self.residence.smaller(picture)),
+            what="while drawing",
+            free=self._free,
+            explain=lambda: self._shortage(picture),
+        )
+
+    def _draw(
+        self,
+        asked: list[str],
+        noise: Tensor,
+        size: tuple[int, int],
+        steps: int,
+        cfg: float,
+        plan: Plan | None,
+        *,
+        on_step: OnStep | None,
+        guided: Interval,
+        step_cache: StepCacheOptions,
+    ) -> Tensor:
+        features = [self.features(text, plan) for text in asked]
+        self.residence.for_sampling(plan)
+        prompts = [self.denoiser.embed_text(part) for part in (*features, self.empty_features())[:2]]
+        del features
+        latents = self._sample(prompts, noise, size, steps, cfg, on_step, guided, step_cache)
+        self.residence.for_decoding(plan)
+        return to_uint8(self.vae.decode(tokens_to_grid(latents, token_grid(*size))))
+
+    def _sample(
+        self,
+        prompts: Sequence[Tensor],
+        noise: Tensor,
+        size: tuple[int, int],
+        steps: int,
+        cfg: float,
+        on_step: OnStep | None,
+        guided: Interval,
+        step_cache: StepCacheOptions,
+    ) -> Tensor:
+        """Latents [B, N, C] by two embedded prompts [1, S, H]: the wanted, the unwanted."""
+        positive, unwanted = prompts
         grid = token_grid(*size)
-        used = negative.strip() and cfg != 1
-        positive = self.denoiser.embed_text(self.features(prompt))
-        unwanted = self.denoiser.embed_text(self.features(negative) if used else self.empty_features())
         levels = sigmas(steps, noise.shape[1])
         known = levels.tolist()
         cache = StepCache.of(step_cache, known)
@@ -113,34 +180,41 @@ class LensPipeline:
         latents = euler(velocity, noise, levels.to(self.device), on_step)
         if cache is not None:
             log.info("%s.", cache.summary(len(self.denoiser.blocks)))
-        return to_uint8(self.vae.decode(tokens_to_grid(latents, grid)))
+        return latents
 
-    def features(self, prompt: str) -> Tensor:
+    def _free(self) -> None:
+        """Give back all that the GPU holds of this pipeline."""
+        if self.graphs is not None:
+            self.graphs.clear()
+        self.residence.clear()
+
+    def _shortage(self, picture: Picture) -> OutOfMemory:
+        residence = self.residence
+        plan = residence.smaller(picture)
+        needed = None if plan is None else plan.peak(residence.components(picture))
+        advice = [
+            "a smaller picture",
+            "fewer pictures at a time (--n)",
+            "--quant_transformer int8_dynamic or uint4_sdnq",
+        ]
+        return shortage("while drawing", needed, residence.available(), advice)
+
+    def features(self, prompt: str, plan: Plan | None = None) -> Tensor:
         """Text features [1, S, L, H], out of the feature cache if it has them."""
-        tokenizer = self.text.file.tokenizer
-        ids = tokenizer(prompt, extended=self.options.extended, date=self.options.date).ids
+        ids = self._ids(prompt)
         features = self.text.known(ids)
         if features is None:
-            device = torch.device("cpu") if self.options.placement == "cpu" else self.device
-            if device.type == "cuda":
-                self.text.load(device, self._budget(device))
-            (features,) = self.text.encode([ids], device)
+            (features,) = self.text.encode([ids], self.residence.for_encoding(plan))
         return features.to(self.device)
 
-    def _budget(self, device: torch.device) -> float:
-        """Bytes that the encoder's layers may take on the GPU."""
-        free = torch.cuda.mem_get_info(device)[0] + self.text.layers.loaded
-        if self.options.placement == "stream":
-            return 0
-        if self.options.placement == "auto" and not self.options.dense:
-            return free - _WORKING_MEMORY
-        if self.text.total > free:
-            form = "dequantised experts" if self.options.dense else "all its layers on the GPU"
-            raise SettingError(
-                f"The text encoder with {form} takes {self.text.total / 1e9:.1f} GB and {free / 1e9:.1f} GB "
-                "are free. Use --encoder_placement auto without --disable_mxfp4."
-            )
-        return float("inf")
+    def _ids(self, prompt: str) -> Sequence[int]:
+        """The prompt's tokens; one that is cut is warned of once."""
+        if prompt not in self._tokens:
+            tokenizer = self.text.file.tokenizer
+            self._tokens[prompt] = tokenizer(
+                prompt, extended=self.options.extended, date=self.options.date
+            ).ids
+        return self._tokens[prompt]
 
     def empty_features(self) -> Tensor:
         """Text features [1, 0, L, H] of no prompt at all."""

@@ -47,7 +47,7 @@ class Modulation(NamedTuple):
 def modulation(denoiser: LensDenoiser, sigma: Tensor, dtype: torch.dtype) -> Modulation:
     """Evaluate it for noise levels sigma [B]."""
     temb = denoiser.embed_sigma(sigma, dtype)
-    blocks = denoiser.blocks
+    blocks = denoiser.modulators(temb.device)
     shape = (len(sigma), len(blocks), 2, PARTS * denoiser.config.hidden_size)
     table = torch.empty(shape, dtype=dtype, device=temb.device)
     for index, block in enumerate(blocks):

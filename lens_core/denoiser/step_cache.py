@@ -125,7 +125,6 @@ class StepCache:
         shared: Shared,
     ) -> list[Tensor]:
         self.forwards += 1
-        blocks = list(blocks)
         key = (entry, *(x.shape for x in streams), streams[0].dtype, streams[0].device)
         known, level = self._entries.get(key), _level(sigma)
         after = run_blocks(blocks[:1], streams, tables[:1], shared)

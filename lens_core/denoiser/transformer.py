@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Sequence
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -83,6 +83,13 @@ class OutputNorm(nn.Module):
         return modulate(F.layer_norm(x, x.shape[-1:], eps=self.eps), shift, scale)
 
 
+class Places(Protocol):
+    """Where the blocks' weights are, if not simply in the blocks: brings them in turn."""
+
+    def ready(self, device: torch.device) -> Sequence[LensBlock]: ...
+    def modulators(self, device: torch.device) -> Sequence[LensBlock]: ...
+
+
 class LensDenoiser(nn.Module):
     """Lens' dual-stream MMDiT. Parameter names are the published checkpoint's.
 
@@ -98,6 +105,7 @@ class LensDenoiser(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
+        self.places: Places | None = None
         place: dict[str, Any] = {"dtype": dtype, "device": device}
         hidden, text = config.hidden_size, config.enc_hidden_dim
         self.img_in = operations.Linear(config.in_channels, hidden, **place)
@@ -138,13 +146,21 @@ class LensDenoiser(nn.Module):
         modulation = run.modulation(self, sigma, img.dtype)
         shared = self.shared(img, txt, grid, text_real, attention, run)
         through = run.through(graphs, entry, sigma)
-        img = through(self.blocks, streams_of(img, txt), modulation.tables(), shared)[0]
+        img = through(self.ready(img.device), streams_of(img, txt), modulation.tables(), shared)[0]
         return self.project_out(img, modulation)
 
     @property
     def blocks(self) -> Sequence[LensBlock]:
         """The blocks, in order."""
         return cast(Sequence[LensBlock], self.transformer_blocks)
+
+    def ready(self, device: torch.device) -> Sequence[LensBlock]:
+        """The blocks in order for a step on ``device``, each ready until the next is asked for."""
+        return list(self.blocks) if self.places is None else self.places.ready(device)
+
+    def modulators(self, device: torch.device) -> Sequence[LensBlock]:
+        """The same for the blocks' modulation."""
+        return self.blocks if self.places is None else self.places.modulators(device)
 
     def shared(
         self,

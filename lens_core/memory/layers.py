@@ -90,15 +90,19 @@ class LayerStore:
         for index in sorted(self._resident, reverse=True):
             if freed >= enough:
                 break
-            del self._resident[index]
+            self._release(index)
             freed += self.sizes[index]
         return freed
+
+    def _release(self, index: int) -> None:
+        del self._resident[index]
+        self._left(index)
 
     def on(self, device: torch.device) -> Iterator[nn.Module]:
         """The layers in order, ready to run on ``device``: each valid until the next is asked for."""
         if device == _HOME:
             return iter(self.masters)
-        return self._run(self._moved_to(device))
+        return self._run(self._moved_to(device), range(len(self.masters)))
 
     def _moved_to(self, device: torch.device) -> torch.device:
         """``device`` with its number ("cuda" is no other than "cuda:0"); layers elsewhere are let go."""
@@ -122,8 +126,15 @@ class LayerStore:
         layout = self.layouts[index]
         flat = torch.empty(layout.size, dtype=torch.uint8, device=device)
         self.copy(index, flat)
-        layer = assign(self.skeleton(), layout.views(flat))
+        layer = self._seated(index, layout.views(flat), self.skeleton)
         return layer if self.convert is None else self.convert(layer)
+
+    def _seated(self, index: int, tensors: dict[str, Tensor], shell: Callable[[], nn.Module]) -> nn.Module:
+        """A layer that has these tensors, in ``shell()`` unless the layer has a body of its own."""
+        return assign(shell(), tensors)
+
+    def _left(self, index: int) -> None:
+        """The layer's tensors on the GPU are about to go."""
 
     def copy(self, index: int, flat: Tensor) -> None:
         """A master's bytes to ``flat``: one copy if they are page-locked, else tensor by tensor."""
@@ -148,13 +159,13 @@ class LayerStore:
             self._told = True
             log.info("RAM is short: layers are streamed from ordinary memory, more slowly.")
 
-    def _run(self, device: torch.device) -> Iterator[nn.Module]:
-        streamed = [index for index in range(len(self.masters)) if index not in self._resident]
+    def _run(self, device: torch.device, indices: Sequence[int]) -> Iterator[nn.Module]:
+        streamed = [index for index in indices if index not in self._resident]
         if streamed and self.convert is not None:
             raise RuntimeError("dequantised layers cannot be streamed")
         stream = _Stream(self, streamed, device)
         try:
-            for index in range(len(self.masters)):
+            for index in indices:
                 yield self._resident[index] if index in self._resident else stream.take(index)
         finally:
             stream.close()
@@ -168,6 +179,7 @@ class _Stream:
         self.store, self.order, self.device = store, order, device
         self.started = 0
         self.copied: dict[int, torch.cuda.Event] = {}
+        self.seated: int | None = None
         self.side = torch.cuda.Stream(device) if order and device.type == "cuda" else None
         if order:
             size = max(store.layouts[index].size for index in order)
@@ -182,7 +194,14 @@ class _Stream:
             self.started += 1
         if self.side is not None:
             torch.cuda.current_stream(self.device).wait_event(self.copied.pop(position))
-        return assign(self.shell, self.store.layouts[index].views(self.flats[position % _BUFFERS]))
+        self._leave()
+        self.seated = index
+        views = self.store.layouts[index].views(self.flats[position % _BUFFERS])
+        return self.store._seated(index, views, lambda: self.shell)
+
+    def _leave(self) -> None:
+        if self.seated is not None:
+            self.store._left(self.seated)
 
     def _start(self, position: int) -> None:
         flat = self.flats[position % _BUFFERS]
@@ -198,5 +217,6 @@ class _Stream:
 
     def close(self) -> None:
         """Wait for copies under way: their buffers are about to go."""
+        self._leave()
         if self.side is not None:
             self.side.synchronize()

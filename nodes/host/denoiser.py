@@ -100,7 +100,7 @@ class HostDenoiser(LensDenoiser):
             img = self._hooked_blocks(x, img, txt, modulation, shared, options, control)
         else:
             through = run.through(options.get(GRAPHS), *_entry(options, timestep))
-            img = through(self.blocks, streams_of(img, txt), modulation.tables(), shared)[0]
+            img = through(self.ready(img.device), streams_of(img, txt), modulation.tables(), shared)[0]
         return tokens_to_grid(self.project_out(img, modulation), grid).contiguous()
 
     def text_stream(self, context: Tensor | None, x: Tensor) -> Tensor:

@@ -93,12 +93,12 @@ def shift_mu(monkeypatch: pytest.MonkeyPatch, pipeline: LensPipeline) -> None:
 
 def swap_layers(monkeypatch: pytest.MonkeyPatch, pipeline: LensPipeline) -> None:
     features = pipeline.features
-    monkeypatch.setattr(pipeline, "features", lambda prompt: features(prompt)[:, :, [1, 0, 2, 3]])
+    monkeypatch.setattr(pipeline, "features", lambda *asked: features(*asked)[:, :, [1, 0, 2, 3]])
 
 
 def crop_one_more(monkeypatch: pytest.MonkeyPatch, pipeline: LensPipeline) -> None:
     features = pipeline.features
-    monkeypatch.setattr(pipeline, "features", lambda prompt: features(prompt)[:, 1:])
+    monkeypatch.setattr(pipeline, "features", lambda *asked: features(*asked)[:, 1:])
 
 
 def encode_the_empty_negative(monkeypatch: pytest.MonkeyPatch, pipeline: LensPipeline) -> None:

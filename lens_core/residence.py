@@ -1,0 +1,182 @@
+"""The components of a pipeline on one device: which is where in each phase, by a plan made beforehand."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from dataclasses import dataclass
+
+import torch
+
+from .config import PIXELS_PER_TOKEN
+from .denoiser import LensDenoiser
+from .denoiser_places import DenoiserPlaces
+from .memory.estimate import denoiser_bytes, encoder_bytes, table_bytes
+from .memory.layers import OnLayer
+from .memory.plan import BUFFERS, Component, Components, Plan, choose
+from .text_encoder import TextEncoder
+from .vae import LensVAE
+from .vae.strips import decode_bytes
+
+log = logging.getLogger(__name__)
+# What the allocator's rounding and the libraries' workspaces take beside the tensors that a plan counts.
+MARGIN = 200 << 20
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What a plan needs to know: pixels, pictures at once, the longest prompt's tokens, noise levels."""
+
+    height: int
+    width: int
+    batch: int
+    text_tokens: int
+    levels: int
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        return self.height // PIXELS_PER_TOKEN, self.width // PIXELS_PER_TOKEN
+
+
+class Residence:
+    """Moves encoder, denoiser and VAE as plans say. Where memory is not the limit (a CPU), all stay put.
+
+    ``offload`` is one of ``plan.OFFLOADS``; ``placement`` the encoder's, one of ``config.PLACEMENTS``;
+    ``budget`` bytes at most, None for what the device has.
+    """
+
+    def __init__(
+        self,
+        text: TextEncoder,
+        denoiser: LensDenoiser,
+        vae: LensVAE,
+        device: torch.device,
+        *,
+        offload: str = "auto",
+        placement: str = "auto",
+        budget: float | None = None,
+    ) -> None:
+        self.text, self.denoiser, self.vae, self.device = text, denoiser, vae, device
+        self.offload, self.placement, self.budget = offload, placement, budget
+        self.places = None if device == torch.device("cpu") else DenoiserPlaces(denoiser)
+        self._said: str | None = None
+
+    def components(self, picture: Picture) -> Components:
+        """Sizes of everything for a picture."""
+        height, width = picture.grid
+        config, element = self.denoiser.config, self.denoiser.proj_out.weight.element_size()
+        working = denoiser_bytes(
+            height * width,
+            picture.text_tokens,
+            picture.batch,
+            element,
+            config.hidden_size,
+            config.mlp_hidden_size,
+            config.in_channels,
+        )
+        table = table_bytes(picture.levels, config.num_layers, config.hidden_size, element)
+        vae_weights = sum(tensor.nbytes for tensor in self.vae.state_dict().values())
+        decoding = decode_bytes(
+            self.vae.model.config, height, width, next(self.vae.parameters()).element_size()
+        )
+        return Components(
+            self._encoder(picture.text_tokens),
+            self._denoiser(working + table),
+            Component((), vae_weights, decoding),
+        )
+
+    def _encoder(self, tokens: int) -> Component:
+        sizes, working = tuple(self.text.layers.sizes), encoder_bytes(tokens)
+        if self.placement == "cpu":
+            return Component(())
+        if self.text.dense or self.placement == "gpu":  # all or nothing
+            return Component((), sum(sizes), working)
+        if self.placement == "stream":
+            return Component((), BUFFERS * max(sizes), working)
+        return Component(sizes, 0, working)
+
+    def _denoiser(self, working: int) -> Component:
+        assert self.places is not None
+        rest, steps, modulation = (tuple(store.sizes) for store in self.places.stores)
+        return Component(steps, sum(rest), working, modulation)
+
+    def available(self) -> float:
+        """Bytes that this process may use."""
+        if self.device.type != "cuda":
+            return self.budget or float("inf")
+        free = torch.cuda.mem_get_info(self.device)[0] + torch.cuda.memory_reserved(self.device)
+        return min(free, self.budget or free) - MARGIN
+
+    def plan(self, picture: Picture) -> Plan | None:
+        """The fastest plan that fits; None on a CPU. Raises OutOfMemory where none does."""
+        if self.places is None:
+            return None
+        parts = self.components(picture)
+        return self._told(choose(parts, self.available(), self.offload), parts)
+
+    def smaller(self, picture: Picture) -> Plan | None:
+        """The plan after one that did not fit after all: everything streamed."""
+        if self.places is None:
+            return None
+        parts = self.components(picture)
+        return self._told(choose(parts, float("inf"), "stream"), parts)
+
+    def _told(self, plan: Plan, parts: Components) -> Plan:
+        text = plan.describe(parts)
+        if text != self._said:
+            self._said = text
+            log.info("Memory: %s.", text)
+        return plan
+
+    def for_encoding(self, plan: Plan | None, on_layer: OnLayer | None = None) -> torch.device:
+        """Ready to encode; where to do that."""
+        if plan is None or self.places is None or self.placement == "cpu":
+            return torch.device("cpu") if self.placement == "cpu" else self.device
+        if not plan.keep_encoder:
+            self.places.unload()
+            self.vae.to("cpu")
+        self.text.load(self.device, self._encoder_budget(plan), on_layer)
+        return self.device
+
+    def _encoder_budget(self, plan: Plan) -> float:
+        sizes = self.text.layers.sizes
+        if self.placement == "stream":
+            return 0
+        if self.text.dense or self.placement == "gpu" or plan.encoder_layers == len(sizes):
+            return float("inf")
+        return sum(sizes[: plan.encoder_layers]) + BUFFERS * max(sizes)
+
+    def for_sampling(self, plan: Plan | None, on_layer: OnLayer | None = None) -> None:
+        """Ready to sample."""
+        if plan is None or self.places is None:
+            return
+        if not plan.keep_encoder:
+            self._leave_encoder()
+        self.vae.to(self.device)
+        self.places.load(self.device, plan.denoiser_layers, plan.modulation, on_layer)
+
+    def for_decoding(self, plan: Plan | None) -> None:
+        """Ready to decode."""
+        if plan is None or self.places is None:
+            return
+        if not plan.keep_denoiser:
+            self.places.unload()
+            self._give_back()
+        self.vae.to(self.device)
+
+    def clear(self) -> None:
+        """Everything leaves the GPU."""
+        if self.places is not None:
+            self._leave_encoder()
+            self.places.unload()
+            self.vae.to("cpu")
+            self._give_back()
+
+    def _leave_encoder(self) -> None:
+        if self.text.unload():
+            self._give_back()
+
+    def _give_back(self) -> None:
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
