@@ -42,7 +42,7 @@ class Residence:
     """Moves encoder, denoiser and VAE as plans say. Where memory is not the limit (a CPU), all stay put.
 
     ``offload`` is one of ``plan.OFFLOADS``; ``placement`` the encoder's, one of ``config.PLACEMENTS``;
-    ``budget`` bytes at most, None for what the device has.
+    ``budget`` bytes at most, None for what the device has. ``last`` is the plan that was followed last.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Residence:
         self.text, self.denoiser, self.vae, self.device = text, denoiser, vae, device
         self.offload, self.placement, self.budget = offload, placement, budget
         self.places = None if device == torch.device("cpu") else DenoiserPlaces(denoiser)
-        self._said: str | None = None
+        self.last: Plan | None = None
 
     def components(self, picture: Picture) -> Components:
         """Sizes of everything for a picture."""
@@ -122,10 +122,9 @@ class Residence:
         return self._told(choose(parts, float("inf"), "stream"), parts)
 
     def _told(self, plan: Plan, parts: Components) -> Plan:
-        text = plan.describe(parts)
-        if text != self._said:
-            self._said = text
-            log.info("Memory: %s.", text)
+        if plan != self.last:
+            log.info("Memory: %s.", plan.describe(parts))
+        self.last = plan
         return plan
 
     def for_encoding(self, plan: Plan | None, on_layer: OnLayer | None = None) -> torch.device:

@@ -1,0 +1,69 @@
+"""The flags for GPU memory: what they mean, and what is refused before anything is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lens_core import cli
+from lens_core.pipeline import LensPipeline
+
+PICTURE = ("--prompt", "a red circle", "--height", 32, "--width", 32, "--steps", 1, "--seed", 3)
+
+
+@pytest.fixture
+def given(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What the pipeline was made with."""
+    made: dict[str, Any] = {}
+    original = LensPipeline.from_folder.__func__
+
+    def spy(cls, folder, device, dtype, on_tensor, options, quantization, offload, budget):
+        made.update(offload=offload, budget=budget)
+        return original(cls, folder, device, dtype, on_tensor, options, quantization, offload, budget)
+
+    monkeypatch.setattr(LensPipeline, "from_folder", classmethod(spy))
+    return made
+
+
+@pytest.mark.parametrize(
+    ("flags", "meant"),
+    [
+        ((), "auto"),
+        (("--offload",), "model"),
+        (("--offload", "stream"), "stream"),
+        (("--offload", "none"), "none"),
+    ],
+)
+def test_offload(generate, given: dict[str, Any], flags: tuple[str, ...], meant: str):
+    assert len(generate(*PICTURE, *flags)) == 1
+    assert given == {"offload": meant, "budget": None}
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (("--offload", "disk"), "--offload must be one of auto, none, model, stream, got disk"),
+        (("--vram_budget", "0"), "--vram_budget must be above 0 GB, got 0.0"),
+        (("--vram_budget", "nan"), "--vram_budget must be above 0 GB"),
+        (("--vram_budget", "8"), "--vram_budget limits an NVIDIA GPU, but --device is cpu. Leave it out"),
+    ],
+)
+def test_refused(tiny_folder: Path, capsys: pytest.CaptureFixture[str], flags: tuple[str, ...], told: str):
+    arguments = ("generate", "--repo_id", tiny_folder, *PICTURE, *flags)
+    assert cli.main([str(argument) for argument in arguments]) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_the_help_says_what_each_does(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        cli.main(["generate", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for part in (
+        "--offload [MODE]",
+        "layers come one by one",
+        "--vram_budget GB",
+        "no more of the GPU than this",
+    ):
+        assert part in text
