@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -41,3 +42,30 @@ def full_models(tmp_path_factory: pytest.TempPathFactory, generator: torch.Gener
     save_file(weights, models / "vae" / "flux2-vae.safetensors")
     torch.cuda.empty_cache()
     return models
+
+
+@pytest.fixture(scope="session")
+def comfy() -> SimpleNamespace:
+    """ComfyUI's memory manager and patcher, and what makes the pack's CLIPs, MODELs, VAEs and pictures."""
+    from benchmarks.picture import pack
+
+    host = pack()
+    import comfy.model_management
+    import comfy.model_patcher
+
+    return SimpleNamespace(
+        management=comfy.model_management,
+        patcher=comfy.model_patcher.ModelPatcher,
+        load_clip=host.clip.load_clip,
+        load_model=host.model.load_model,
+        load_vae=host.vae.load_host_vae,
+        empty_latent=host.sampling.empty_latent,
+        sample=host.sampling.sample,
+        decode=host.sampling.decode,
+    )
+
+
+def allocated() -> int:
+    """Bytes on the GPU now."""
+    torch.cuda.synchronize()
+    return torch.cuda.memory_allocated()

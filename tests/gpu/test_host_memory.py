@@ -3,44 +3,20 @@ takes back, and what stays off a small GPU."""
 
 from __future__ import annotations
 
-import importlib.util
-import os
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import psutil
 import pytest
 import torch
 
 from lens_core.config import is_modulation
+from tests.gpu.conftest import allocated
 
 PACK = Path(__file__).parents[2]
 ROUNDS = 100
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda", 0)
-
-
-@pytest.fixture(scope="module")
-def comfy():
-    """ComfyUI's memory manager and patcher, and what makes the pack's CLIPs and MODELs."""
-    sys.path.insert(0, os.environ["COMFYUI_PATH"])
-    import comfy.model_management
-    import comfy.model_patcher
-
-    spec = importlib.util.spec_from_file_location(
-        "lens_pack", PACK / "__init__.py", submodule_search_locations=[str(PACK)]
-    )
-    sys.modules["lens_pack"] = importlib.util.module_from_spec(spec)
-    clip = importlib.import_module("lens_pack.nodes.host.clip")
-    model = importlib.import_module("lens_pack.nodes.host.model")
-    importlib.import_module("lens_pack.nodes.host.paths").register_folders()
-    return SimpleNamespace(
-        management=comfy.model_management,
-        patcher=comfy.model_patcher.ModelPatcher,
-        load_clip=clip.load_clip,
-        load_model=model.load_model,
-    )
 
 
 @pytest.fixture
@@ -54,11 +30,6 @@ def clip(comfy, full_models: Path):
 def encode(clip, text: str = "a red fox in the snow"):
     with torch.inference_mode():
         return clip.encode_from_tokens_scheduled(clip.tokenize(text))[0][0]
-
-
-def allocated() -> int:
-    torch.cuda.synchronize()
-    return torch.cuda.memory_allocated(CUDA)
 
 
 def other_model(comfy, size: int):
