@@ -31,9 +31,10 @@ from lens_core.config import EncoderOptions
 from lens_core.loading import load_denoiser, load_vae, open_encoder
 from lens_core.memory.plan import Plan
 from lens_core.memory.recovery import OutOfMemory
+from lens_core.needs import Picture
 from lens_core.pipeline import LensPipeline
 from lens_core.quant.policy import NONE
-from lens_core.residence import Picture, Residence
+from lens_core.residence import Residence
 from lens_core.text_encoder import TextEncoder
 from lens_core.tiny.models import random_weights
 from lens_core.vae import LensVAE

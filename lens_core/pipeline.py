@@ -19,9 +19,10 @@ from .interval import WHOLE, Interval
 from .loading import build_denoiser, load_vae, open_denoiser, open_encoder
 from .memory.plan import Plan
 from .memory.recovery import OutOfMemory, recovering, shortage
+from .needs import Picture
 from .ops import Attention
 from .quant.policy import NONE
-from .residence import Picture, Residence
+from .residence import Residence
 from .sampling import (
     euler,
     norm_rescaled_guidance,

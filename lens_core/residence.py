@@ -4,38 +4,22 @@ from __future__ import annotations
 
 import gc
 import logging
-from dataclasses import dataclass
 
 import torch
 
-from .config import PIXELS_PER_TOKEN
 from .denoiser import LensDenoiser
 from .denoiser_places import DenoiserPlaces
-from .memory.estimate import denoiser_bytes, encoder_bytes, table_bytes
+from .kernels import EAGER_BLOCK, choose_block
 from .memory.layers import OnLayer
-from .memory.plan import BUFFERS, Component, Components, Plan, choose
+from .memory.plan import BUFFERS, Components, Plan, choose
+from .needs import Picture, denoiser_needs, encoder_needs, vae_needs
+from .quantized import QuantizedLinear
 from .text_encoder import TextEncoder
 from .vae import LensVAE
-from .vae.strips import decode_bytes
 
 log = logging.getLogger(__name__)
 # What the allocator's rounding and the libraries' workspaces take beside the tensors that a plan counts.
 MARGIN = 200 << 20
-
-
-@dataclass(frozen=True)
-class Picture:
-    """What a plan needs to know: pixels, pictures at once, the longest prompt's tokens, noise levels."""
-
-    height: int
-    width: int
-    batch: int
-    text_tokens: int
-    levels: int
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        return self.height // PIXELS_PER_TOKEN, self.width // PIXELS_PER_TOKEN
 
 
 class Residence:
@@ -63,42 +47,21 @@ class Residence:
 
     def components(self, picture: Picture) -> Components:
         """Sizes of everything for a picture."""
-        height, width = picture.grid
-        config, element = self.denoiser.config, self.denoiser.proj_out.weight.element_size()
-        working = denoiser_bytes(
-            height * width,
-            picture.text_tokens,
-            picture.batch,
-            element,
-            config.hidden_size,
-            config.mlp_hidden_size,
-            config.in_channels,
-        )
-        table = table_bytes(picture.levels, config.num_layers, config.hidden_size, element)
-        vae_weights = sum(tensor.nbytes for tensor in self.vae.state_dict().values())
-        decoding = decode_bytes(
-            self.vae.model.config, height, width, next(self.vae.parameters()).element_size()
-        )
+        denoiser = self.denoiser
+        weight = denoiser.proj_out.weight
+        kernels = choose_block(self.device, weight.dtype, denoiser.config.attention_head_dim)
         return Components(
-            self._encoder(picture.text_tokens),
-            self._denoiser(working + table),
-            Component((), vae_weights, decoding),
+            encoder_needs(self.text, self.placement, picture.text_tokens),
+            denoiser_needs(
+                {name: tensor.nbytes for name, tensor in denoiser.state_dict().items()},
+                denoiser.config,
+                picture,
+                weight.element_size(),
+                fused=kernels is not EAGER_BLOCK,
+                quantized=any(isinstance(layer, QuantizedLinear) for layer in denoiser.modules()),
+            ),
+            vae_needs(self.vae, picture),
         )
-
-    def _encoder(self, tokens: int) -> Component:
-        sizes, working = tuple(self.text.layers.sizes), encoder_bytes(tokens)
-        if self.placement == "cpu":
-            return Component(())
-        if self.text.dense or self.placement == "gpu":  # all or nothing
-            return Component((), sum(sizes), working)
-        if self.placement == "stream":
-            return Component((), BUFFERS * max(sizes), working)
-        return Component(sizes, 0, working)
-
-    def _denoiser(self, working: int) -> Component:
-        assert self.places is not None
-        rest, steps, modulation = (tuple(store.sizes) for store in self.places.stores)
-        return Component(steps, sum(rest), working, modulation)
 
     def available(self) -> float:
         """Bytes that this process may use."""

@@ -8,6 +8,7 @@ from .encode import LensClearFeatureCache, LensTextEncode
 from .host.paths import register_folders
 from .latent import LensEmptyLatent
 from .load import LensEncoderLoader, LensModelLoader, LensVAELoader
+from .memory import LensMemoryEstimate
 from .quantize import LensQuantizeModel
 from .sample import LensGuider, LensNoise, LensSampler, LensScheduler
 from .step_cache import LensStepCache
@@ -28,6 +29,7 @@ class LensExtension(ComfyExtension):
             LensAccelerate,
             LensEncoderLoader,
             LensVAELoader,
+            LensMemoryEstimate,
             LensTextEncode,
             LensClearFeatureCache,
             LensEmptyLatent,

@@ -16,11 +16,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from lens_core import residence
+from lens_core import needs, residence
 from lens_core.memory.plan import OFFLOADS, Plan
 from lens_core.memory.recovery import OutOfMemory
+from lens_core.needs import Picture
 from lens_core.pipeline import LensPipeline
-from lens_core.residence import Picture
 
 GPU, SIZE, PROMPT = torch.device("cpu:0"), (64, 96), "a red circle"
 SETTINGS: dict[str, Any] = {"size": SIZE, "steps": 3, "cfg": 5.0, "negative": "a green image"}
@@ -73,8 +73,10 @@ def test_the_same_bits_in_every_budget(
     tiny_folder: Path, want: Tensor, share: float, said: str, caplog, monkeypatch
 ):
     # A tiny model computes in more memory than it weighs; here the weights are to decide.
-    for estimate in ("denoiser_bytes", "encoder_bytes", "decode_bytes", "table_bytes"):
-        monkeypatch.setattr(residence, estimate, lambda *_: 0)
+    for estimate in ("denoiser_bytes", "decode_bytes"):
+        monkeypatch.setattr(needs, estimate, lambda *_, **__: 0)
+    for constant in ("_ENCODING", "_OF_TOKEN"):
+        monkeypatch.setattr(needs, constant, 0)
     caplog.set_level(logging.INFO)
     pipeline = pipeline_on(tiny_folder, budget=budget_for(tiny_folder, share))
     assert torch.equal(draw(pipeline), want)

@@ -1,0 +1,88 @@
+"""What each component of a picture needs on the GPU, for the plans of ``memory.plan``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from .config import PIXELS_PER_TOKEN, DenoiserConfig, is_modulation
+from .memory.estimate import denoiser_bytes
+from .memory.plan import BUFFERS, Component
+from .text_encoder import TextEncoder
+from .vae import LensVAE
+from .vae.strips import decode_bytes
+
+# Of GPT-OSS-20B while it encodes, measured: libraries' workspaces, and what each token takes.
+_ENCODING, _OF_TOKEN = 40_000_000, 350_000
+_BLOCK = re.compile(r"transformer_blocks\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """Pixels, pictures at once, tokens of the longest prompt, noise levels."""
+
+    height: int
+    width: int
+    batch: int = 1
+    text_tokens: int = 200
+    levels: int = 20
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(h, w) in image tokens."""
+        return self.height // PIXELS_PER_TOKEN, self.width // PIXELS_PER_TOKEN
+
+
+def encoder_needs(text: TextEncoder, placement: str, tokens: int) -> Component:
+    """The encoder in one of ``config.PLACEMENTS``."""
+    sizes, working = tuple(text.layers.sizes), _ENCODING + _OF_TOKEN * tokens
+    if placement == "cpu":
+        return Component(())
+    if text.dense or placement == "gpu":  # all or nothing
+        return Component((), sum(sizes), working)
+    if placement == "stream":
+        return Component((), 0, working + BUFFERS * max(sizes))
+    return Component(sizes, 0, working)
+
+
+def denoiser_needs(
+    sizes: Mapping[str, int],
+    config: DenoiserConfig,
+    picture: Picture,
+    element_size: int,
+    *,
+    fused: bool,
+    quantized: bool,
+) -> Component:
+    """A denoiser of tensors with these names and ``sizes``; ``fused`` and ``quantized`` as
+    ``estimate.denoiser_bytes`` has them."""
+    steps = [0] * config.num_layers
+    modulation, rest = [0] * config.num_layers, 0
+    for name, size in sizes.items():
+        found, layer = _BLOCK.match(name), name.rpartition(".")[0]
+        if found is None:
+            rest += size
+        elif is_modulation(layer):
+            modulation[int(found[1])] += size
+        else:
+            steps[int(found[1])] += size
+    height, width = picture.grid
+    working = denoiser_bytes(
+        config,
+        batch=picture.batch,
+        image_tokens=height * width,
+        text_tokens=picture.text_tokens,
+        element_size=element_size,
+        fused=fused,
+        quantized=quantized,
+        levels=picture.levels,
+    )
+    return Component(tuple(steps), rest, working, tuple(modulation))
+
+
+def vae_needs(vae: LensVAE, picture: Picture) -> Component:
+    """The VAE, which decodes one picture of a batch at a time."""
+    weights = sum(tensor.nbytes for tensor in vae.state_dict().values())
+    element = next(vae.parameters()).element_size()
+    return Component((), weights, decode_bytes(vae.model.config, *picture.grid, element))
