@@ -1,6 +1,6 @@
 """FLUX.2's VAE behind the latents that Lens samples.
 
-diffusers' ``AutoencoderKLFlux2`` does the convolutions; this module adds what lies between it and
+diffusers' ``AutoencoderKLFlux2`` has the layers; this module adds what lies between it and
 the denoiser: 2x2 packing of 32 channels into 128 and the batch norm over the packed channels, so
 that callers never see either.
 """
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import MissingPackage
+from . import strips
 
 
 def pack(latents: Tensor) -> Tensor:
@@ -29,6 +30,10 @@ def unpack(latents: Tensor) -> Tensor:
     return cells.permute(0, 1, 4, 2, 5, 3).reshape(batch, channels // 4, 2 * height, 2 * width)
 
 
+def _nothing() -> None:
+    pass
+
+
 class LensVAE(nn.Module):
     """Packed, normalised latents [B, 128, h, w] to pictures [B, 3, 16h, 16w] in [-1, 1] and back."""
 
@@ -42,6 +47,7 @@ class LensVAE(nn.Module):
                 "FLUX.2's VAE needs diffusers 0.38 or newer: pip install 'diffusers>=0.38'."
             ) from error
         self.model = AutoencoderKLFlux2.from_config(config)
+        self.on_strip = _nothing
 
     def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
         bn = self.model.bn
@@ -51,9 +57,20 @@ class LensVAE(nn.Module):
         )
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Pictures of packed latents; not clamped."""
+        """Pictures of packed latents, not clamped; calls ``on_strip`` often, which may raise."""
+        mean, deviation = self._statistics(latents)
+        return strips.decode(self.model, unpack(latents * deviation + mean), self.on_strip)
+
+    def decode_whole(self, latents: Tensor) -> Tensor:
+        """``decode`` by diffusers' own, whole tensors at a time: the definition that strips are held to."""
         mean, deviation = self._statistics(latents)
         return self.model.decode(unpack(latents * deviation + mean), return_dict=False)[0]
+
+    def decode_bytes(self, height: int, width: int, element_size: int) -> int:
+        """Peak memory of decoding one picture of height x width tokens, weights left out."""
+        config = self.model.config
+        channels = config.decoder_block_out_channels or config.block_out_channels
+        return strips.decode_bytes(channels, height, width, element_size)
 
     def encode(self, images: Tensor) -> Tensor:
         """Packed latents of pictures: the posterior's mean, normalised."""

@@ -6,6 +6,7 @@ attributes around lens_core's module instead, so every VAE node, tiled or not, w
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,11 @@ from ...lens_core.config import PIXELS_PER_TOKEN
 from ...lens_core.loading import load_vae
 from .progress import on_progress
 
-# Peak bytes per image token and byte of dtype while decoding, 5.0 GB / 8100 tokens / 2 measured at
-# 1440 x 1440 in bf16, and a tenth of reserve. Encoding peaks at about the same per pixel.
-_DECODE_BYTES = 340_000
+# Peak bytes per image token and byte of dtype while encoding: that of decoding whole layers, 5.0 GB / 8100
+# tokens / 2 measured at 1440 x 1440 in bf16, and a tenth of reserve; encoding's is about the same.
+_ENCODE_BYTES = 340_000
+# Of decoding in strips the peak is known; this much of it is for the allocator's rounding.
+_DECODE_RESERVE = 1.05
 
 
 class LensHostVAE(comfy.sd.VAE):
@@ -36,7 +39,7 @@ class LensHostVAE(comfy.sd.VAE):
         self.latent_channels, self.latent_dim, self.output_channels = 128, 2, 3
         self.downscale_ratio = self.upscale_ratio = PIXELS_PER_TOKEN
         self.downscale_index_formula = self.upscale_index_formula = None
-        self.memory_used_decode = _decode_bytes
+        self.memory_used_decode = functools.partial(_decode_bytes, module)
         self.memory_used_encode = _encode_bytes
         self.process_input, self.process_output = _to_signed, _to_unsigned
         self.extra_1d_channel = self.pad_channel_value = self.format_encoded = self.size = None
@@ -48,7 +51,9 @@ class LensHostVAE(comfy.sd.VAE):
             module, load_device=device, offload_device=management.vae_offload_device()
         )
         self.model_size()
-        # Cancel between layers, as ComfyUI's own layers do: a large picture takes a while on a CPU.
+        # Cancel between layers, as ComfyUI's own layers do, or strips of them: a large picture takes a while
+        # on a CPU.
+        module.on_strip = _stop_if_cancelled
         for layer in module.modules():
             if isinstance(layer, torch.nn.Conv2d):
                 layer.register_forward_pre_hook(_stop_if_cancelled)
@@ -63,14 +68,15 @@ def _stop_if_cancelled(*_: Any) -> None:
     comfy.model_management.throw_exception_if_processing_interrupted()
 
 
-def _decode_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
-    tokens = shape[-1] * shape[-2]
-    return _DECODE_BYTES * tokens * comfy.model_management.dtype_size(dtype)
+def _decode_bytes(module: Any, shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    """Of one picture: the others of a batch wait for their turn."""
+    size = comfy.model_management.dtype_size(dtype)
+    return int(_DECODE_RESERVE * module.decode_bytes(shape[-2], shape[-1], size))
 
 
 def _encode_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
     pixels = shape[-1] * shape[-2]
-    return _DECODE_BYTES * pixels * comfy.model_management.dtype_size(dtype) // PIXELS_PER_TOKEN**2
+    return _ENCODE_BYTES * pixels * comfy.model_management.dtype_size(dtype) // PIXELS_PER_TOKEN**2
 
 
 def _to_signed(image: Tensor) -> Tensor:

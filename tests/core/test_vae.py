@@ -20,6 +20,8 @@ from tests.compare import relative_l2
 
 # The same diffusers layers on the same numbers; only the batch norm's arithmetic differs, by fp32's 6e-8.
 SAME = 1e-6
+# The decoder's norms sum in another order; both are 1e-6 from fp64, and 0.9e-6 to 1.7e-6 from each other.
+IN_STRIPS = 3e-6
 
 
 @pytest.fixture
@@ -50,7 +52,8 @@ def test_decode_equals_diffusers(vae: LensVAE, reference: Any):
     unpacked = Flux2Pipeline._unpatchify_latents(latents * deviation + mean)
     want = reference.decode(unpacked, return_dict=False)[0]
     assert want.shape == (2, 3, 48, 80)
-    assert relative_l2(vae.decode(latents), want) < SAME
+    assert relative_l2(vae.decode_whole(latents), want) < SAME
+    assert relative_l2(vae.decode(latents), want) < IN_STRIPS
 
 
 def test_encode_equals_diffusers(vae: LensVAE, reference: Any):
@@ -72,7 +75,7 @@ def test_the_batch_norms_epsilon_is_the_published_one(reference: Any, vae: LensV
 def test_without_de_normalisation_the_picture_is_another(vae: LensVAE, reference: Any):
     latents = torch.randn(1, 128, 3, 5)
     plain = reference.decode(unpack(latents), return_dict=False)[0]
-    assert relative_l2(vae.decode(latents), plain) > 1000 * SAME
+    assert relative_l2(vae.decode(latents), plain) > 1000 * IN_STRIPS
 
 
 def test_decode_and_encode_mirror_each_others_shapes(vae: LensVAE):

@@ -227,9 +227,17 @@ def test_memory_estimates(tiny):
     """Positive, and in proportion to the picture: ComfyUI frees this much before it runs."""
     small, large = ([1, 128, 32, 32], [1, 128, 64, 64])
     assert tiny.model.memory_required(large) == pytest.approx(4 * tiny.model.memory_required(small))
-    for estimate, unit in ((tiny.vae.memory_used_decode, 1), (tiny.vae.memory_used_encode, 16)):
-        sizes = [(1, 128, 32 * unit, 32 * unit), (1, 128, 64 * unit, 64 * unit)]
-        at_small, at_large = (estimate(size, torch.float32) for size in sizes)
-        assert at_large == 4 * at_small == 2 * estimate(sizes[1], torch.bfloat16)
-        # 90 x 90 tokens measured 5 GB in bf16; for 64 x 64 that is 2.5 GB.
-        assert 2e9 < estimate(sizes[1], torch.bfloat16) < 4e9
+    sizes = [(1, 128, 512, 512), (1, 128, 1024, 1024)]
+    at_small, at_large = (tiny.vae.memory_used_encode(size, torch.float32) for size in sizes)
+    assert at_large == 4 * at_small == 2 * tiny.vae.memory_used_encode(sizes[1], torch.bfloat16)
+    # 1440 x 1440 measured 5 GB in bf16; 1024 x 1024 is half as large.
+    assert 2e9 < tiny.vae.memory_used_encode(sizes[1], torch.bfloat16) < 4e9
+
+
+def test_decoding_is_estimated_by_its_own_arithmetic(tiny):
+    """ComfyUI takes as many pictures at once as fit; ours come one by one, so one's peak is the need."""
+    estimate, decode_bytes = tiny.vae.memory_used_decode, tiny.vae.first_stage_model.decode_bytes
+    for batch in (1, 4):
+        need = estimate((batch, 128, 64, 48), torch.bfloat16)
+        assert need == pytest.approx(1.05 * decode_bytes(64, 48, 2), abs=1)
+    assert estimate((1, 128, 64, 48), torch.float32) > 1.5 * need

@@ -1,0 +1,301 @@
+"""FLUX.2's decoder in horizontal strips: diffusers' whole decode up to rounding, in a fraction of its memory.
+
+Tiles would change the picture, because every GroupNorm and the middle's attention look at all of it. Here a
+layer's input is complete before the layer runs, so the norms' statistics are those of the whole picture, and
+only the work within a layer is cut up:
+
+- A layer's input is a list of strips, each freed once its output exists. At its worst a decode holds two
+  tensors of [128, H, W], a residual and the hidden one beside it, where whole layers took the space of nine.
+- Of normalised and enlarged inputs and of fp32 copies, a strip exists at a time.
+- Statistics are taken of every strip when it is made, and combined when the next norm needs them.
+
+Strips are cut by a layer's shape alone, so that a picture does not depend on how much memory was free.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# A strip's channels x rows x width. A convolution of 128 channels then has 64 rows of 1024: enough for a
+# large GPU's hundred and more multiprocessors, while five strips' worth of temporaries stays below 100 MB.
+STRIP_ELEMENTS = 2**23
+# Scores of the attention that exist at once where no kernel avoids them.
+ATTENTION_SCORES = 2**25
+# What cuDNN and cuBLAS may take beside the tensors.
+CONV_WORKSPACE = 32 * 2**20
+
+OnStrip = Callable[[], None]
+# Takes rows of a picture, [1, C, n, width], into place: [1, C, n, width], or both sizes doubled.
+Write = Callable[[Tensor, Tensor], object]
+
+
+def strip_rows(channels: int, height: int, width: int) -> int:
+    """Rows of a strip of a layer of [channels, height, width]; even, for pixels are doubled in pairs."""
+    count = math.ceil(channels * height * width / STRIP_ELEMENTS)
+    rows = math.ceil(height / count)
+    return rows + rows % 2
+
+
+class Strips:
+    """A picture [1, C, height, width] in strips of ``rows`` rows (the last may be shorter), each freed alone.
+
+    Beside them the mean and variance of every strip's channels, for the GroupNorm that comes next.
+    """
+
+    def __init__(self, rows: int, height: int, width: int) -> None:
+        self.rows, self.height, self.width = rows, height, width
+        self.parts: list[Tensor | None] = []
+        self.taken = 0
+        self.means: list[Tensor] = []
+        self.variances: list[Tensor] = []
+
+    def append(self, strip: Tensor) -> None:
+        """The next rows, [1, C, rows, width]."""
+        self.parts.append(strip)
+        variance, mean = torch.var_mean(_wide(strip), dim=(0, 2, 3), correction=0)
+        self.means.append(mean)
+        self.variances.append(variance)
+
+    def pieces(self, start: int, stop: int) -> Iterator[Tensor]:
+        """Rows [start, stop) as views of the strips that hold them, each [1, C, n, width]."""
+        while start < stop:
+            index, offset = divmod(start, self.rows)
+            count = min(stop - start, self.rows - offset)
+            part = self.parts[index]
+            assert part is not None, f"row {start} of {self.height} was freed"
+            yield part[:, :, offset : offset + count]
+            start += count
+
+    def take(self, stop: int) -> Iterator[Tensor]:
+        """The strips that end at row ``stop`` or above, which lets go of them."""
+        first, self.taken = self.taken, len(self.parts) if stop >= self.height else stop // self.rows
+        for index in range(first, self.taken):
+            part, self.parts[index] = self.parts[index], None
+            assert part is not None
+            yield part
+
+    def free(self, stop: int) -> None:
+        """Rows above ``stop`` are needed no more."""
+        for _ in self.take(stop):
+            pass
+
+    def affine(self, norm: nn.GroupNorm) -> tuple[Tensor, Tensor]:
+        """``norm`` over the whole picture as fp32 scale and shift, [1, C, 1, 1] each.
+
+        Chan's formula: a group's variance is the mean over its channels and strips of their variances and of
+        their means' squared distances from its mean. Summing x and x^2 instead would lose a small variance
+        beside a large mean. For the same reason the means are summed as distances from one of them.
+        """
+        means, variances = (
+            torch.stack(values).unflatten(1, (norm.num_groups, -1)) for values in (self.means, self.variances)
+        )
+        share = torch.full_like(means[:, :1, :1], self.rows / self.height)
+        share[-1] = 1 - (len(self.means) - 1) * self.rows / self.height
+        distances = means - means[:1, :, :1]
+        distance = (share * distances).sum(0).mean(-1)
+        spread = variances + (distances - distance[:, None]).square()
+        variance = (share * spread).sum(0).mean(-1)
+        weight, bias = (
+            _wide(value).unflatten(0, (norm.num_groups, -1)) for value in (norm.weight, norm.bias)
+        )
+        scale = weight * torch.rsqrt(variance + norm.eps)[:, None]
+        shift = bias - scale * (means[0, :, 0] + distance)[:, None]
+        return scale.view(1, -1, 1, 1), shift.view(1, -1, 1, 1)
+
+
+def decode(model: Any, latents: Tensor, on_strip: OnStrip) -> Tensor:
+    """Pictures [B, 3, 8h, 8w] of latents [B, 32, h, w], as ``model.decode`` of diffusers' AutoencoderKLFlux2.
+
+    Runs that model's own layers, one picture at a time. ``on_strip`` is called before every strip of a
+    convolution, and may raise.
+    """
+    batch, _, height, width = latents.shape
+    decoder = model.decoder
+    scale = 2 ** sum(block.upsamplers is not None for block in decoder.up_blocks)
+    with torch.no_grad():
+        images = latents.new_empty(batch, decoder.conv_out.out_channels, scale * height, scale * width)
+        for image, picture in zip(images.split(1), latents.split(1), strict=True):
+            _decode_one(model, picture, image, on_strip)
+    return images
+
+
+def _decode_one(model: Any, latents: Tensor, image: Tensor, on_strip: OnStrip) -> None:
+    decoder = model.decoder
+    if model.post_quant_conv is not None:
+        latents = model.post_quant_conv(latents)
+    # The first convolution is whole, for it is small; from here on strips have no owner but their list.
+    x = Strips(latents.shape[2], *latents.shape[2:])
+    x.append(decoder.conv_in(latents).contiguous(memory_format=_layout(latents)))
+    first, *others = decoder.mid_block.resnets
+    x = _resnet(first, x, on_strip)
+    for attention, resnet in zip(decoder.mid_block.attentions, others, strict=True):
+        if attention is not None:
+            x = _attention(attention, x)
+        x = _resnet(resnet, x, on_strip)
+    for block in decoder.up_blocks:
+        for resnet in block.resnets:
+            x = _resnet(resnet, x, on_strip)
+        for upsampler in block.upsamplers or ():
+            x = _upsample(upsampler.conv, x, on_strip)
+    start = 0
+    for stop, strip in _convolve(decoder.conv_out, x, _normalised(decoder.conv_norm_out, x), on_strip):
+        x.free(stop)
+        image[:, :, start:stop] = strip
+        start = stop
+
+
+def _layout(like: Tensor) -> torch.memory_format:
+    """Tensor cores read 16-bit pixels with their channels together; other layouts are converted first."""
+    half = like.is_cuda and like.dtype in (torch.bfloat16, torch.float16)
+    return torch.channels_last if half else torch.contiguous_format
+
+
+def _wide(value: Tensor) -> Tensor:
+    """In fp32, or in fp64 if it is: what statistics are computed in."""
+    return value.to(torch.promote_types(value.dtype, torch.float32))
+
+
+def _resnet(block: Any, x: Strips, on_strip: OnStrip) -> Strips:
+    """``ResnetBlock2D``; uses ``x`` up."""
+    shortcut = block.conv_shortcut
+    hidden = _output(block.conv1, x)
+    residual = x if shortcut is None else Strips(x.rows, x.height, x.width)
+    for stop, strip in _convolve(block.conv1, x, _normalised(block.norm1, x), on_strip):
+        if shortcut is not None:
+            residual.parts.extend(map(shortcut, x.take(stop)))
+        hidden.append(strip)
+    result, start = _output(block.conv2, hidden), 0
+    for stop, strip in _convolve(block.conv2, hidden, _normalised(block.norm2, hidden), on_strip):
+        _fill(strip, residual.pieces(start, stop), Tensor.add_)
+        hidden.free(stop)
+        residual.free(stop)
+        result.append(strip)
+        start = stop
+    return result
+
+
+def _upsample(conv: nn.Conv2d, x: Strips, on_strip: OnStrip) -> Strips:
+    """``Upsample2D``: every pixel doubled both ways, then a convolution; uses ``x`` up."""
+    result = _output(conv, x, scale=2)
+    for stop, strip in _convolve(conv, x, _doubled, on_strip, scale=2):
+        x.free(stop // 2)
+        result.append(strip)
+    return result
+
+
+def _attention(block: Any, x: Strips) -> Strips:
+    """``Attention`` of one picture's pixels with each other; uses ``x`` up."""
+    scale, shift = x.affine(block.group_norm)
+    normed = [torch.addcmul(shift, part, scale).to(part.dtype) for part in x.pieces(0, x.height)]
+    tokens = torch.cat([part.flatten(2).transpose(1, 2) for part in normed], 1)
+    del normed
+    query, key, value = (
+        linear(tokens).unflatten(-1, (block.heads, -1)).transpose(1, 2)
+        for linear in (block.to_q, block.to_k, block.to_v)
+    )
+    del tokens
+    # NVIDIA's GPUs have a kernel for heads of 512 that keeps no scores, and wants all the queries it can get.
+    count = query.shape[2]
+    fused = query.is_cuda and torch.version.hip is None
+    chunks = query.split(count if fused else max(1, ATTENTION_SCORES // count), dim=2)
+    mixed = torch.cat([F.scaled_dot_product_attention(chunk, key, value) for chunk in chunks], 2)
+    del query, key, value, chunks
+    mixed = block.to_out[0](mixed.transpose(1, 2).flatten(2)).transpose(1, 2)
+    result, start = Strips(x.rows, x.height, x.width), 0
+    for part in x.take(x.height):
+        stop = start + part.shape[2] * part.shape[3]
+        result.append(part.add_(mixed[:, :, start:stop].unflatten(2, part.shape[2:])))
+        start = stop
+    return result
+
+
+def _rows(conv: nn.Conv2d, height: int, width: int) -> int:
+    return strip_rows(max(conv.in_channels, conv.out_channels), height, width)
+
+
+def _output(conv: nn.Conv2d, source: Strips, scale: int = 1) -> Strips:
+    """Room for what ``_convolve`` yields."""
+    height, width = scale * source.height, scale * source.width
+    return Strips(_rows(conv, height, width), height, width)
+
+
+def _convolve(
+    conv: nn.Conv2d, source: Strips, write: Write, on_strip: OnStrip, scale: int = 1
+) -> Iterator[tuple[int, Tensor]]:
+    """(row it ends at, strip) of a 3x3 convolution of ``source`` as ``write`` transforms it.
+
+    A strip needs a row more on either side, zeros beyond the picture. The upper one is kept, transformed,
+    from the strip before: the caller may free the source's rows above where that strip ended.
+    """
+    height, width = scale * source.height, scale * source.width
+    rows = _rows(conv, height, width)
+    layout = _layout(conv.weight)
+    weight = conv.weight.contiguous(memory_format=layout)
+    size = (1, conv.in_channels, min(rows, height) + 2, width)
+    rim = torch.empty(size, dtype=weight.dtype, device=weight.device, memory_format=layout)
+    for start in range(0, height, rows):
+        on_strip()
+        stop = min(start + rows, height)
+        rim[:, :, 0] = rim[:, :, rows] if start else 0
+        window = rim[:, :, : stop - start + 2]
+        _fill(window[:, :, 1:-1], source.pieces(start // scale, stop // scale), write, scale)
+        if stop < height:
+            _fill(window[:, :, -1:], source.pieces(stop // scale, stop // scale + 1), write)
+        else:
+            window[:, :, -1] = 0
+        yield stop, F.conv2d(window, weight, conv.bias, padding=(0, 1))
+
+
+def _fill(window: Tensor, pieces: Iterator[Tensor], write: Write, scale: int = 1) -> None:
+    """``write`` the pieces one below the other. A function of its own, so that no view outlives it: a view
+    would keep a strip in memory that its list has let go of."""
+    for piece in pieces:
+        rows = scale * piece.shape[2]
+        write(window[:, :, :rows], piece)
+        window = window[:, :, rows:]
+
+
+def _normalised(norm: nn.GroupNorm, source: Strips) -> Write:
+    """GroupNorm, computed in fp32, and SiLU; each rounds once, as diffusers' two layers do."""
+    scale, shift = source.affine(norm)
+
+    def write(window: Tensor, piece: Tensor) -> None:
+        F.silu(torch.addcmul(shift, piece, scale, out=window), inplace=True)
+
+    return write
+
+
+def _doubled(window: Tensor, piece: Tensor) -> None:
+    """Nearest neighbour: every pixel twice in its row, and every row twice unless there is room for one."""
+    cells = window.unflatten(2, (piece.shape[2], -1)).unflatten(-1, (piece.shape[3], 2))
+    cells.copy_(piece[:, :, :, None, :, None])
+
+
+def decode_bytes(channels: Sequence[int], height_tokens: int, width_tokens: int, element_size: int) -> int:
+    """Peak memory of ``decode`` for one picture, weights and latents left out.
+
+    ``channels``: the decoder's levels from the finest, [128, 256, 512, 512] as published.
+    The most at once is, at some level: the enlarged picture, complete; its first layer's input with the first
+    strips of hidden tensor and residual; or hidden tensor and residual, complete. Beside them a convolution's
+    input exists and, for the statistics, a strip of its output in fp32.
+    """
+    height, width = 2 * height_tokens, 2 * width_tokens
+    worst, before = 0, channels[-1]
+    for level, after in enumerate(reversed(channels)):
+        first = 4 if before == after else max(4, 2 * element_size)
+        moments = [(max(before, 2 * after), before, first * after), (2 * after, after, 4 * after)]
+        if level:
+            height, width = 2 * height, 2 * width
+            moments.append((before, before, 4 * before if element_size < 4 else 0))
+        for kept, into, extra in moments:
+            rows = min(height, strip_rows(max(into, after), height, width))
+            strip = width * (into * (rows + 2) * element_size + extra * rows)
+            worst = max(worst, kept * height * width * element_size + strip)
+        before = after
+    return worst + 3 * height * width * element_size + CONV_WORKSPACE
