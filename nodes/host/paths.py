@@ -72,9 +72,12 @@ def new_path(component: str, name: str) -> tuple[Path, str]:
 
 
 def stamp(component: str, name: str | None) -> str:
-    """Place, size and time of change of an option's files; "" where there are none (a linked name is None)."""
+    """Size and time of change of an option's files; "" where there are none (a linked name is None).
+
+    By their names alone: ComfyUI writes fingerprints into pictures, where nobody's folders belong.
+    """
     files = _files(component, name)
-    stats = [(str(file), file.stat()) for file in files]
+    stats = [(file.name, file.stat()) for file in files]
     return str([(file, stat.st_size, stat.st_mtime_ns) for file, stat in stats]) if files else ""
 
 

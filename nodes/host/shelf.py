@@ -2,8 +2,8 @@
 
 ComfyUI forgets a loader's output once the loader has other inputs, and each swap of Turbo, RL and Base would
 read and quantise anew. So every MODEL from LensModelLoader is a clone and holds, as an attachment, the shelf
-with the patchers that those MODELs are clones of. Nobody else holds the shelf: with the last MODEL (the loader
-removed, ComfyUI's cache emptied) all of it goes. The patchers on it hold no shelf, so there is no cycle.
+with the patchers that those MODELs are clones of. Nobody else does: with the last MODEL (the loader removed,
+ComfyUI's cache emptied) all of it goes. The patchers hold no shelf, so there is no cycle.
 
 ComfyUI forgets the old MODEL before the loader gives the new one: after the first node of a prompt, with its
 classic cache before that. Earlier still it asks for fingerprints; from there to its end the prompt holds the
@@ -58,6 +58,10 @@ class Shelf:
             self._denoisers.move_to_end(key)
             log.info("Lens: %s is still in RAM: not read again.", key)
         return self._denoisers.get(key)
+
+    def key_of(self, model: Any) -> Key | None:
+        """The key of what a MODEL is a clone of, if that is still here."""
+        return next((key for key, (patcher, _) in self._denoisers.items() if model.is_clone(patcher)), None)
 
     def put(self, key: Key, patcher: Any, variant: Variant) -> None:
         """Keep what was loaded, instead of what its file held before."""
@@ -122,6 +126,24 @@ def shelved_model(name: str, dtype: torch.dtype | None, quantization: str) -> tu
     _living.add(shelf)
     _of_prompt.set(None)
     return model, variant
+
+
+def plain_clone(model: Any) -> Any:
+    """A clone out of dynamic VRAM, where each is a model of its own: from RAM if it was made before."""
+    shelf = model.attachments.get(_ATTACHMENT)
+    dynamic = None if shelf is None or not model.is_dynamic() else shelf.key_of(model)
+    if dynamic is None:
+        return model.clone(disable_dynamic=True)
+    key = dynamic._replace(host=(*dynamic.host[:-1], patcher_class(disable_dynamic=True)))
+    found = shelf.take(key)
+    if found is None:
+        shelf.make_room(key, model.model_size())
+        load, (path, dtype, quantization), _ = model.cached_patcher_init
+        found = load(path, dtype, quantization, disable_dynamic=True)
+        shelf.put(key, *found)
+    clone = model.clone(disable_dynamic=True, model_override=found[0].get_clone_model_override())
+    clone.parent = found[0]  # whom ComfyUI asks about these weights once the clone is gone
+    return clone
 
 
 def _key(name: str | None, dtype: torch.dtype | None, quantization: str) -> Key:

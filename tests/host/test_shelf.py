@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from tests.compare import relative_l2
-from tests.host.fake_gpu import CPU, GPU, FakeGpu
+from tests.host import fake_graphs
+from tests.host.fake_gpu import CPU, GPU, FakeGpu, use_dynamic_patchers
 from tests.host.helpers import write_lora
 
 LENS, TURBO = "lens_tiny_bf16.safetensors", "lens_turbo_tiny_bf16.safetensors"
@@ -269,3 +270,106 @@ def test_a_model_for_another_device_has_weights_of_its_own(load, ram):
     copy = lens.deepclone_multigpu(new_load_device=torch.device("cpu"))
     assert copy.model is not lens.model
     assert load(LENS).model is lens.model
+
+
+@pytest.mark.parametrize("quantization", ["none", "int8_dynamic"])
+def test_a_bypass_lora_in_between_leaves_no_trace(load, quantization, draw, ram, no_leak, own_models):
+    """It replaces layers' forwards, and its MODEL may be gone before ComfyUI undoes that."""
+    import comfy.sd
+    from safetensors.torch import load_file
+
+    lens = load(LENS, quantization)
+    want = draw(model=lens)["samples"]
+    path = own_models / "loras" / "bypass.safetensors"
+    write_lora(path, lens.model.diffusion_model, 1.0)
+    patched, _ = comfy.sd.load_bypass_lora_for_models(lens, None, load_file(path), 1.0, 0.0)
+    assert relative_l2(draw(model=patched)["samples"], want) > 0.05
+    network = weakref.ref(lens.model)
+    turbo = load(TURBO, quantization)
+    del lens, patched
+    gc.collect()
+    again = load(LENS, quantization)
+    assert again.model is network() and turbo is not None
+    assert torch.equal(draw(model=again)["samples"], want)
+
+
+@pytest.fixture
+def dynamic(host, monkeypatch):
+    """Dynamic VRAM as on CUDA, and graphs by a stand-in."""
+    from comfy.ldm.modules import attention
+
+    monkeypatch.setattr(attention, "optimized_attention", attention.attention_pytorch)
+    fake_graphs.install(host.module("lens_core.denoiser.graph"), monkeypatch)
+    monkeypatch.setattr(host.module("nodes.host.accelerate"), "why_never", lambda model: None)
+    gpu = FakeGpu(1 << 40).install(monkeypatch)
+    use_dynamic_patchers(monkeypatch)
+    yield gpu
+    import comfy.model_management
+
+    comfy.model_management.unload_all_models()
+
+
+def test_a_swap_under_dynamic_vram(load, opened, ram, dynamic, no_leak):
+    import comfy.model_management as management
+
+    lens, network = load(LENS), None
+    network = weakref.ref(lens.model)
+    assert lens.is_dynamic()
+    management.load_models_gpu([lens])
+    turbo = load(TURBO)
+    del lens
+    management.load_models_gpu([turbo])
+    again = load(LENS)
+    assert again.model is network() and again.is_dynamic()
+    management.load_models_gpu([again])
+    assert opened == [LENS, TURBO]
+    patchers = [weakref.ref(turbo.model), network]
+    del again, turbo
+    gc.collect()
+    assert not [patcher for patcher in patchers if patcher() is not None]
+
+
+def test_graphs_go_and_their_weights_stay(host, load, draw, opened, ram, dynamic, no_leak):
+    """LensAccelerate's model is outside dynamic VRAM, so it is another: it is on the shelf, too. The graphs,
+    which hold GPU memory, are gone with its MODEL."""
+
+    def accelerated(name):
+        return host.run("LensAccelerate", model=load(name), cuda_graphs=True, attention="auto")[0]
+
+    def graphs_of(model):
+        return model.model_options["transformer_options"]["lens_graphs"]
+
+    fast = accelerated(LENS)
+    assert not fast.is_dynamic() and type(fast).__name__ == "LensPatcher"
+    want = draw(model=fast, steps=3)["samples"]
+    network, graphs = weakref.ref(fast.model), weakref.ref(graphs_of(fast))
+    assert graphs().runs["recorded"]
+    turbo = accelerated(TURBO)
+    del fast
+    gc.collect()
+    assert graphs() is None and network() is not None
+    draw(model=turbo)
+    again = accelerated(LENS)
+    assert again.model is network()
+    assert torch.equal(draw(model=again, steps=3)["samples"], want)
+    assert graphs_of(again).runs["recorded"]
+    assert opened == [LENS, LENS, TURBO, TURBO], "each once by either patcher"
+    del again, turbo
+    gc.collect()
+    assert network() is None
+
+
+def test_what_comfyui_asks_about_shelved_weights(host, load, draw, ram, dynamic):
+    """The patcher of these very weights, or they could not be moved off the GPU."""
+    import comfy.model_management as management
+
+    fast = host.run("LensAccelerate", model=load(LENS), cuda_graphs=True, attention="auto")[0]
+    draw(model=fast)
+    network, turbo = weakref.ref(fast.model), load(TURBO)
+    assert any(module in dynamic.here for module in network().modules())
+    del fast
+    gc.collect()
+    assert network() in [entry.model.model for entry in management.current_loaded_models]
+    management.unload_all_models()
+    assert not any(module in dynamic.here for module in network().modules())
+    assert turbo is not None
