@@ -7,8 +7,8 @@ from ..lens_core.config import PLACEMENTS
 from ..lens_core.quant.policy import CHOICES, NONE
 from .host import paths
 from .host.clip import load_clip
-from .host.model import load_model
 from .host.settings import one_of
+from .host.shelf import hold, shelved_model
 from .host.vae import load_host_vae
 
 _CATEGORY = "Lens/loaders"
@@ -68,10 +68,16 @@ class LensModelLoader(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, model_name="", dtype="auto", quantization=NONE, **_):
+        """A file replaced under its name is opened again. ComfyUI asks before it forgets earlier outputs."""
+        hold(model_name, _DTYPES.get(dtype), quantization)
+        return paths.stamp("denoiser", model_name)
+
+    @classmethod
     def execute(cls, model_name: str, dtype: str, quantization: str = NONE) -> io.NodeOutput:
         held = _DTYPES[one_of("dtype", dtype, _DTYPES)]
         mode = one_of("quantization", quantization, CHOICES)
-        model, variant = load_model(paths.path_of("denoiser", model_name), held, mode)
+        model, variant = shelved_model(model_name, held, mode)
         return io.NodeOutput(model, variant.steps, variant.cfg)
 
 

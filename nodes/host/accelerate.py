@@ -16,6 +16,7 @@ from .denoiser import GRAPHS
 from .graphs import why_never
 from .model import LensModel
 from .settings import one_of
+from .shelf import plain_clone
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ def _with_graphs(model: Any) -> Any:
         log.warning("LensAccelerate: no CUDA graphs: %s.", reason)
         return model
     # Dynamic VRAM moves weights at any time, and a graph reads them where they lay.
-    model, graphs = model.clone(disable_dynamic=True), BlockGraphs()
+    model, graphs = plain_clone(model), BlockGraphs()
     model.model_options["transformer_options"][GRAPHS] = graphs
     model.add_callback_with_key(CallbacksMP.ON_DETACH, GRAPHS, partial(_give_back, graphs))
     return model

@@ -72,14 +72,26 @@ def new_path(component: str, name: str) -> tuple[Path, str]:
 
 
 def stamp(component: str, name: str | None) -> str:
-    """Size and time of change of an option's files; "" where there are none (a linked name is None)."""
+    """Size and time of change of an option's files; "" where there are none (a linked name is None).
+
+    By their names alone: ComfyUI writes fingerprints into pictures, where nobody's folders belong.
+    """
+    files = _files(component, name)
+    stats = [(file.name, file.stat()) for file in files]
+    return str([(file, stat.st_size, stat.st_mtime_ns) for file, stat in stats]) if files else ""
+
+
+def size(component: str, name: str | None) -> int:
+    """Bytes of an option's files."""
+    return sum(file.stat().st_size for file in _files(component, name))
+
+
+def _files(component: str, name: str | None) -> list[Path]:
     try:
         path = component_path(path_of(component, name or ""), component)
     except CheckpointError:
-        return ""
-    files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    stats = [(file.name, file.stat()) for file in files if file.is_file()]
-    return str([(file, stat.st_size, stat.st_mtime_ns) for file, stat in stats])
+        return []
+    return sorted(filter(Path.is_file, path.rglob("*") if path.is_dir() else [path]))
 
 
 def tokenizer_places() -> list[Path]:

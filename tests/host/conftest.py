@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,6 +90,12 @@ async def _load(nodes: ModuleType, pack: Path) -> bool:
     for name in ("nodes_custom_sampler", "nodes_flux", "nodes_model_advanced", "nodes_cfg"):
         await nodes.load_custom_node(str(extras / f"{name}.py"), module_parent="comfy_extras")
     return await nodes.load_custom_node(str(pack))
+
+
+@pytest.fixture(autouse=True)
+def _nothing_on_the_shelf(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests change weights in place: none may be given what another one loaded."""
+    monkeypatch.setattr(host.module("nodes.host.shelf"), "_living", weakref.WeakSet())
 
 
 @pytest.fixture(scope="session")
