@@ -84,5 +84,6 @@ def denoiser_needs(
 def vae_needs(vae: LensVAE, picture: Picture) -> Component:
     """The VAE, which decodes one picture of a batch at a time."""
     weights = sum(tensor.nbytes for tensor in vae.state_dict().values())
-    element = next(vae.parameters()).element_size()
-    return Component((), weights, decode_bytes(vae.model.config, *picture.grid, element))
+    config, element = vae.model.config, next(vae.parameters()).element_size()
+    channels = config.decoder_block_out_channels or config.block_out_channels
+    return Component((), weights, decode_bytes(channels, *picture.grid, element))

@@ -15,8 +15,8 @@ class LensMemoryEstimate(io.ComfyNode):
             display_name="Lens Memory Estimate",
             category="Lens/loaders",
             description=(
-                "GB of GPU memory that these models need for a picture of this size: with all of them staying "
-                "there, each leaving when it is done, and streamed layer by layer. Nothing is loaded for it."
+                "GB of GPU memory that these models need for a picture of this size: all of them staying "
+                "there, each leaving when it is done, or streamed by layers. Nothing is loaded for it."
             ),
             search_aliases=["microsoft lens", "vram", "gpu memory", "out of memory"],
             inputs=[
@@ -26,7 +26,11 @@ class LensMemoryEstimate(io.ComfyNode):
                 io.Latent.Input("latent", tooltip="Its size and batch are the picture's."),
                 io.Int.Input("steps", default=20, min=1, max=10000, tooltip="Noise levels, 1.8 MB each."),
                 io.Int.Input(
-                    "text_tokens", default=200, min=0, max=8192, tooltip="The prompt's; LensTextEncode shows it."
+                    "text_tokens",
+                    default=200,
+                    min=0,
+                    max=8192,
+                    tooltip="The prompt's, as LensTextEncode shows.",
                 ),
                 io.Float.Input(
                     "vram_gb",

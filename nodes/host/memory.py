@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import comfy.model_management
@@ -30,10 +31,12 @@ def estimate(
     picture = Picture(height, width, len(latent["samples"]), text_tokens, steps)
     parts = components(model, clip, vae, picture)
     layers = len(parts.encoder.layers), len(parts.denoiser.layers)
+    whole = Plan(*layers, modulation=True, keep_encoder=True, keep_denoiser=True)
+    leaving = replace(whole, keep_encoder=False, keep_denoiser=False)
     ways = {
-        "All models stay": Plan(*layers, modulation=True, keep_encoder=True, keep_denoiser=True),
-        "Each leaves when it is done": Plan(*layers, modulation=True, keep_encoder=False, keep_denoiser=False),
-        "Layers are streamed": Plan(0, 0, modulation=False, keep_encoder=False, keep_denoiser=False),
+        "All models stay": whole,
+        "Each leaves when it is done": leaving,
+        "Layers are streamed": replace(leaving, encoder_layers=0, denoiser_layers=0, modulation=False),
     }
     lines = [f"{picture.batch} x {width}x{height}, {steps} steps, {text_tokens} text tokens"]
     lines += [f"{name}: {_figures(plan, parts)}" for name, plan in ways.items()]
