@@ -65,8 +65,7 @@ class InPlaceStore(LayerStore):
             self._release(index)
         for index in range(count):
             if index not in self._resident:
-                self._resident[index] = self._placed(index, device)
-                self._locked.pop(index, None)
+                self._place(index, device)
             if on_layer is not None:
                 on_layer(index + 1, count)
 

@@ -204,6 +204,27 @@ def test_page_locked_copies_are_made_once_and_used(monkeypatch: pytest.MonkeyPat
     assert store._locked == {}, "a resident layer needs no copy to stream from"
 
 
+def test_a_layer_that_comes_back_is_page_locked(monkeypatch: pytest.MonkeyPatch):
+    """Not one that comes for the first time, and not where the copy is no faster for it."""
+    made = []
+    monkeypatch.setattr(layers_module, "available_ram", lambda: 1 << 40)
+    monkeypatch.setattr(
+        layers_module, "pinned", lambda size: made.append(size) or torch.empty(size, dtype=torch.uint8)
+    )
+    store = store_of(3)
+    want = run(store.on(CPU))
+    for _ in range(2):
+        store.load(GPU, 1e9)
+        store.unload()
+    assert made == []
+    monkeypatch.setattr(layers_module, "_copies_faster_locked", lambda device: True)
+    for _ in range(3):
+        store.load(GPU, 1e9)
+        assert torch.equal(run(store.on(GPU)), want)
+        store.unload()
+    assert made == [SIZE] * 3 and sorted(store._locked) == [0, 1, 2]
+
+
 @pytest.mark.parametrize("refused_by", ["RAM", "the system"])
 def test_a_lack_of_page_locked_memory_is_said_once(
     refused_by: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
