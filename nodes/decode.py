@@ -14,7 +14,7 @@ class LensVAEDecode(io.ComfyNode):
             node_id="LensVAEDecode",
             display_name="Lens VAE Decode",
             category="Lens/latent",
-            description="Turns latents into pictures; in tiles where memory is short.",
+            description="Turns latents into pictures; in tiles where memory is very short.",
             search_aliases=["microsoft lens", "vae decode", "flux2"],
             inputs=[
                 io.Latent.Input("latent", tooltip="From LensSampler or any sampler."),
