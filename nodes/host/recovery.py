@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ...lens_core.memory.recovery import OutOfMemory, recovering, shortage
 from .denoiser import GRAPHS
+from .progress import on_progress
 
 T = TypeVar("T")
 CLOSE_OTHERS = "closing other programs that use the GPU"
@@ -68,7 +69,9 @@ def with_recovery(
     return recovering(attempt, smaller, what=what, free=free, explain=explain, is_shortage=is_shortage)
 
 
-def sample_with_recovery(executor: Any, noise: Tensor, *args: Any, **kwargs: Any) -> Any:
+def sample_with_recovery(
+    executor: Any, noise: Tensor, latent: Tensor, sampler: Any, sigmas: Tensor, *args: Any, **kwargs: Any
+) -> Any:
     """An OUTER_SAMPLE wrapper: all of a run, from loading the model on, and once more with streamed weights.
 
     The second run begins at step 0 with the same noise, so it draws the same picture.
@@ -76,12 +79,17 @@ def sample_with_recovery(executor: Any, noise: Tensor, *args: Any, **kwargs: Any
     guider = executor.class_obj
     patcher, before = guider.model_patcher, _Before(guider)
     model = patcher.model
-    if torch.is_grad_enabled():  # a training node: its steps change weights, and cannot be taken again
-        return executor(noise, *args, **kwargs)
+
+    def run() -> Any:  # uni_pc writes into the levels
+        return executor(noise, latent, sampler, sigmas.clone(), *args, **kwargs)
 
     def streamed() -> Any:
+        on_progress()(0, len(sigmas) - 1)  # the sampler's own bar shows no step a second time
         with model.streaming():
-            return executor(noise, *args, **kwargs)
+            return run()
+
+    if torch.is_grad_enabled():  # a training node: its steps change weights, and cannot be taken again
+        return run()
 
     def needed() -> float:
         return comfy.sampler_helpers.estimate_memory(patcher, noise.shape, before.conds)[1]
@@ -95,7 +103,7 @@ def sample_with_recovery(executor: Any, noise: Tensor, *args: Any, **kwargs: Any
         return [*tips, CLOSE_OTHERS, "starting ComfyUI with --reserve-vram 2, which leaves room to spare"]
 
     return with_recovery(
-        lambda: executor(noise, *args, **kwargs),
+        run,
         streamed,
         what="while sampling",
         device=patcher.load_device,

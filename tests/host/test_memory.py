@@ -226,7 +226,7 @@ def test_vae_is_loaded_as_a_whole(tiny, management, monkeypatch):
 
 
 def test_denoiser_estimate(tiny):
-    """A token of the picture counts as one of the text; twice the bytes in fp32, and twice without kernels."""
+    """A token of the picture counts as one of the text; here in fp32, and without our kernels."""
     of_token = (2 * models.DENOISER.mlp_hidden_size + 8 * models.DENOISER.hidden_size) * 2 * 4
     need = tiny.model.model.memory_required
     text = {"c_crossattn": [[1, 100, 256]]}
