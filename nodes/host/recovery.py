@@ -96,8 +96,9 @@ def sample_with_recovery(
 
     def advice() -> list[str]:
         height, width = (16 * size for size in noise.shape[-2:])
-        fewer = f"fewer than {len(noise)} pictures at once" if len(noise) > 1 else "one picture at a time"
-        tips = [f"a picture smaller than {width}x{height}, {fewer}"]
+        tips = [f"a size below {width}x{height}"]
+        if len(noise) > 1:
+            tips.append(f"fewer than {len(noise)} pictures at once")
         if not model.quantized:
             tips.append("LensModelLoader's quantization int8_dynamic or uint4_sdnq")
         return [*tips, CLOSE_OTHERS, "starting ComfyUI with --reserve-vram 2, which leaves room to spare"]

@@ -1,4 +1,4 @@
-"""Out of memory at each stage: once, and the result is the same; always, and an error names sizes, settings."""
+"""Out of memory at each stage: once, and the result is the same; always, and an error with sizes says so."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ WORDS = {
     "load model": ("while loading Lens-tiny", "quantised already"),
     "load vae": ("while loading flux2_tiny_vae", "--cpu-vae"),
     "encode": ("while encoding the prompt", "placement 'cpu'"),
-    "sample": ("while sampling", "smaller than 64x96", "int8_dynamic or uint4_sdnq", "--reserve-vram"),
+    "sample": ("while sampling", "a size below 64x96", "int8_dynamic or uint4_sdnq", "--reserve-vram"),
     "decode": ("while decoding", "VAE Decode (Tiled)", "smaller pictures"),
 }
 
