@@ -11,7 +11,6 @@ from .memory.estimate import denoiser_bytes
 from .memory.plan import BUFFERS, Component
 from .text_encoder import TextEncoder
 from .vae import LensVAE
-from .vae.strips import decode_bytes
 
 # Of GPT-OSS-20B while it encodes, measured: libraries' workspaces, and what each token takes.
 _ENCODING, _OF_TOKEN = 40_000_000, 350_000
@@ -84,6 +83,5 @@ def denoiser_needs(
 def vae_needs(vae: LensVAE, picture: Picture) -> Component:
     """The VAE, which decodes one picture of a batch at a time."""
     weights = sum(tensor.nbytes for tensor in vae.state_dict().values())
-    config, element = vae.model.config, next(vae.parameters()).element_size()
-    channels = config.decoder_block_out_channels or config.block_out_channels
-    return Component((), weights, decode_bytes(channels, *picture.grid, element))
+    element = next(vae.parameters()).element_size()
+    return Component((), weights, vae.decode_bytes(*picture.grid, element))

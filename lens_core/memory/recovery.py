@@ -25,10 +25,10 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def shortage(what: str, needed: float | None, free: float | None, advice: Sequence[str]) -> OutOfMemory:
-    """The error to end with: ``what`` was done, bytes that it needs and that are free, settings that fit."""
-    sizes = [
-        f"{size / 1e9:.1f} GB {verb}" for size, verb in ((needed, "are needed"), (free, "are free")) if size
-    ]
+    """The error to end with: ``what`` was done ("while decoding"), the bytes that it needs and that are free
+    (None: unknown), and what to try instead. ComfyUI's page knows it by its first words."""
+    both = ((needed, "are needed"), (free, "are free"))
+    sizes = [f"{size / 1e9:.2f} GB {verb}" for size, verb in both if size is not None]
     numbers = f" ({', '.join(sizes)})" if sizes else ""
     settings = f" Try {'; or '.join(advice)}." if advice else ""
     return OutOfMemory(

@@ -6,6 +6,8 @@ either model. One prompt needs no padding, so there is no attention mask.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from .feature_cache import feature_cache
 from .patcher import EncoderPatcher
 from .paths import tokenizer_places
 from .progress import on_progress
+from .recovery import CLOSE_OTHERS, with_recovery
 from .settings import one_of
 
 KEY = "gpt_oss"
@@ -91,6 +94,17 @@ class LensClipModel(nn.Module):
         """Bytes that encoding takes beside the resident layers."""
         return self.text.layers.buffers + _ACTIVATIONS
 
+    @contextmanager
+    def streaming(self) -> Iterator[None]:
+        """Meanwhile every layer is streamed, unless they are dequantised, which only resident ones can be."""
+        before = self.placement
+        if not self.text.dense:
+            self.placement = "stream"
+        try:
+            yield
+        finally:
+            self.placement = before
+
     def remembers(self, tokens: dict[str, list]) -> bool:
         """Whether these tokens need no encoder: none at all, or features kept on disk (taken now)."""
         ids = _ids(tokens)
@@ -130,6 +144,40 @@ class LensClip(comfy.sd.CLIP):
     def cond_stage_model(self) -> LensClipModel:
         """The patcher's module: for another GPU, ComfyUI exchanges the patcher alone."""
         return self.patcher.model
+
+    def encode_from_tokens_scheduled(self, *args: Any, **kwargs: Any) -> Any:
+        """As CLIP's; once more, streamed, where memory runs out."""
+        encode = super().encode_from_tokens_scheduled
+        return self._recovering(lambda: encode(*args, **kwargs))
+
+    def encode_from_tokens(self, *args: Any, **kwargs: Any) -> Any:
+        """As CLIP's; once more, streamed, where memory runs out."""
+        encode = super().encode_from_tokens
+        return self._recovering(lambda: encode(*args, **kwargs))
+
+    def _recovering(self, encode: Callable[[], Any]) -> Any:
+        model, device = self.cond_stage_model, self.patcher.load_device
+
+        def streamed() -> Any:
+            with model.streaming():
+                return encode()
+
+        def needed() -> float:
+            resident = model.text.total if model.text.dense else 0
+            return resident + model.memory_estimation_function(None)
+
+        if model.text.dense:
+            advice = ["LensEncoderLoader's experts 'packed', with placement 'stream'"]
+        else:
+            advice = ["LensEncoderLoader's placement 'cpu'", "a shorter prompt"]
+        return with_recovery(
+            encode,
+            streamed,
+            what="while encoding the prompt",
+            device=device,
+            advice=lambda: [*advice, CLOSE_OTHERS],
+            needed=needed,
+        )
 
     def load_model(self, tokens: dict[str, list] | None = None) -> EncoderPatcher:
         """As CLIP's; without tokens the model is loaded in any case (to be saved, for example)."""

@@ -9,6 +9,8 @@ and LensScheduler compute it for the actual size).
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,8 +27,11 @@ from torch import Tensor
 
 from ...lens_core.config import DenoiserConfig, Variant
 from ...lens_core.denoiser import LensDenoiser
+from ...lens_core.denoiser_file import DenoiserFile
 from ...lens_core.errors import SettingError
+from ...lens_core.kernels import EAGER_BLOCK, choose_block
 from ...lens_core.loading import open_denoiser
+from ...lens_core.memory.estimate import denoiser_bytes
 from ...lens_core.quant.policy import NONE
 from ...lens_core.sampling import empirical_mu, norm_rescaled_guidance
 from ...lens_core.weights import variant_of
@@ -35,11 +40,16 @@ from .denoiser import GRAPHS, RUN, HostDenoiser
 from .progress import on_progress
 from .quantized import free_for_models, operations
 from .reader import host_reader
+from .recovery import CLOSE_OTHERS, sample_with_recovery, with_recovery
 from .residency import patcher_class
 from .run import sample_with_run
 
 log = logging.getLogger(__name__)
 _TOKENS_1024 = 64 * 64
+# Of a prompt whose length is not known: the longest that Lens was trained with.
+_TEXT_TOKENS = 512
+# More than any GPU has, as ComfyUI itself says it where nothing of a model may stay loaded.
+_ALL_THERE_IS = 1e20
 
 
 class LensModelConfig(comfy.supported_models_base.BASE):
@@ -49,7 +59,8 @@ class LensModelConfig(comfy.supported_models_base.BASE):
     latent_format = comfy.latent_formats.Flux2
     # fp16 overflows: values reach 1.4e5, the residual stream 3e7.
     supported_inference_dtypes = [torch.bfloat16, torch.float32]
-    memory_usage_factor = 4.0
+    # With this ComfyUI's formula for any model comes to what ``memory_required`` says of our kernels in bf16.
+    memory_usage_factor = 2.1
 
     def __init__(self, config: DenoiserConfig, variant: Variant, operations: Any = None) -> None:
         super().__init__(
@@ -76,6 +87,58 @@ class LensModel(comfy.model_base.BaseModel):
         super().__init__(model_config, flow, device=device, unet_model=HostDenoiser)
         # The modulation of the run before and what it belongs to, in RAM (see ``run``).
         self.kept_modulation: tuple[Any, Any] = (None, None)
+        self.streamed = False
+
+    @property
+    def quantized(self) -> bool:
+        """Whether some of its linears are."""
+        return self.model_config.custom_operations is not None
+
+    @contextmanager
+    def streaming(self) -> Iterator[None]:
+        """Meanwhile no weight stays on the GPU, and no two forwards are joined into one: the least memory
+        that a run can do with."""
+        self.streamed = True
+        try:
+            yield
+        finally:
+            self.streamed = False
+
+    def memory_required(
+        self, input_shape: Sequence[int], cond_shapes: Mapping[str, Sequence[Sequence[int]]] | None = None
+    ) -> float:
+        """Bytes of one forward beside the weights, for latents [B, C, h, w]; ComfyUI keeps them free.
+
+        Before a run ComfyUI asks for twice the pictures, for prompt and negative. Where no two conditionings
+        have the same length, none are evaluated together.
+        """
+        if self.streamed:
+            return _ALL_THERE_IS
+        batch, height, width = input_shape[0], *input_shape[-2:]
+        lengths = [shape[1] for shape in (cond_shapes or {}).get("c_crossattn", ())]
+        if len(lengths) > 1 and len(set(lengths)) == len(lengths):
+            batch = -(-batch // 2)
+        dtype, config = self.get_dtype_inference(), self.diffusion_model.config
+        kernels = choose_block(self._device(), dtype, config.attention_head_dim)
+        return denoiser_bytes(
+            config,
+            batch=batch,
+            image_tokens=height * width,
+            text_tokens=max(lengths, default=_TEXT_TOKENS),
+            element_size=dtype.itemsize,
+            fused=kernels is not EAGER_BLOCK,
+            quantized=self.quantized,
+        )
+
+    def _device(self) -> torch.device:
+        """Where it is sampled; between runs, where ComfyUI would."""
+        patcher = self.current_patcher
+        return comfy.model_management.get_torch_device() if patcher is None else patcher.load_device
+
+    def extra_conds_shapes(self, **kwargs: Any) -> dict[str, list[int]]:
+        """Of one conditioning entry, before a run: its text, under the name that it has in the run."""
+        text = kwargs.get("cross_attn")
+        return {} if text is None else {"c_crossattn": list(text.shape)}
 
     def extra_conds(self, **kwargs: Any) -> dict[str, Any]:
         """Conditioning of one entry; raises SettingError if another model's encoder made it."""
@@ -134,7 +197,8 @@ def load_model(
 ):
     """A file or Lens folder as a ModelPatcher, and which published variant it is.
 
-    ``dtype`` None leaves the choice to ComfyUI; ``quantization`` is one of ``policy.CHOICES``.
+    ``dtype`` None leaves the choice to ComfyUI; ``quantization`` is one of ``policy.CHOICES``. Weights are
+    quantised on the GPU, or on the CPU if the GPU has no room for one.
     """
     file = open_denoiser(path)
     variant = variant_of(path.name, file.checkpoint.metadata)
@@ -149,23 +213,44 @@ def load_model(
     quantized = operations(cast or held) if file.stored or mode != NONE else None
     model_config = LensModelConfig(file.config, variant, quantized)
     model_config.set_inference_dtype(held, cast)
-    model = LensModel(model_config, device="meta")
-    model.device = offload_device
-    file.load(
-        model.diffusion_model,
-        held,
-        mode=mode,
-        structure=LensDenoiser(file.config, device="meta"),
+    model = with_recovery(
+        lambda: _filled(file, model_config, mode, device),
+        lambda: _filled(file, model_config, mode, torch.device("cpu")),
+        what=f"while loading {path.name}",
         device=device,
-        read=host_reader(file.checkpoint),
-        on_tensor=on_progress(),
+        advice=lambda: [
+            "a file that is quantised already (LensQuantizeModel writes one)",
+            "starting ComfyUI without --gpu-only and --highvram",
+            CLOSE_OTHERS,
+        ],
+        needed=lambda: sum(info.nbytes for info in file.checkpoint.header.values()),
     )
+    model.device = offload_device
     patcher = patcher_class(disable_dynamic)(model, load_device=device, offload_device=offload_device)
     patcher.set_model_sampler_cfg_function(lens_cfg_function)
-    patcher.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.SAMPLER_SAMPLE, "lens", sample_with_run)
+    kinds = comfy.patcher_extension.WrappersMP
+    patcher.add_wrapper_with_key(kinds.OUTER_SAMPLE, "lens", sample_with_recovery)
+    patcher.add_wrapper_with_key(kinds.SAMPLER_SAMPLE, "lens", sample_with_run)
     # How ComfyUI makes the same model anew for another device; 0: the first of what is returned.
     patcher.cached_patcher_init = (load_model, (path, dtype, mode), 0)
     return patcher, variant
+
+
+def _filled(
+    file: DenoiserFile, model_config: LensModelConfig, mode: str, quantizing: torch.device
+) -> LensModel:
+    """A model with the file's weights, on the CPU; those that ``mode`` quantises are on ``quantizing``."""
+    model = LensModel(model_config, device="meta")
+    file.load(
+        model.diffusion_model,
+        model.get_dtype(),
+        mode=mode,
+        structure=LensDenoiser(file.config, device="meta"),
+        device=quantizing,
+        read=host_reader(file.checkpoint),
+        on_tensor=on_progress(),
+    )
+    return model
 
 
 def _dtype_for(checkpoint: AnyCheckpoint, device: torch.device, supported: list[torch.dtype]) -> torch.dtype:

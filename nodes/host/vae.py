@@ -19,12 +19,16 @@ from torch import Tensor
 from ...lens_core.config import PIXELS_PER_TOKEN
 from ...lens_core.loading import load_vae
 from .progress import on_progress
+from .recovery import CLOSE_OTHERS, with_recovery
 
 # Peak bytes per image token and byte of dtype while encoding: that of decoding whole layers, 5.0 GB / 8100
 # tokens / 2 measured at 1440 x 1440 in bf16, and a tenth of reserve; encoding's is about the same.
 _ENCODE_BYTES = 340_000
 # Of decoding in strips the peak is known; this much of it is for the allocator's rounding.
 _DECODE_RESERVE = 1.05
+# Where not even the VAE alone on the GPU has room for the picture: 512 pixels of it at once, of which the
+# outer 128 are blended. ComfyUI's own tiles are for VAEs of 8 pixels; here they would be 1024 pixels wide.
+_TILE, _OVERLAP = 32, 8
 
 
 class LensHostVAE(comfy.sd.VAE):
@@ -51,12 +55,56 @@ class LensHostVAE(comfy.sd.VAE):
             module, load_device=device, offload_device=management.vae_offload_device()
         )
         self.model_size()
+        self._may_tile = True
         # Cancel between layers, as ComfyUI's own layers do, or strips of them: a large picture takes a while
         # on a CPU.
         module.on_strip = _stop_if_cancelled
         for layer in module.modules():
             if isinstance(layer, torch.nn.Conv2d):
                 layer.register_forward_pre_hook(_stop_if_cancelled)
+
+    def decode(self, samples_in: Tensor, vae_options: dict[str, Any] | None = None) -> Tensor:
+        """As VAE's, but before a picture is decoded in tiles, whose colours differ from a whole one's, all
+        other models leave the GPU and it is tried again."""
+        decode = super().decode
+
+        def whole() -> Tensor:
+            self._may_tile = False
+            try:
+                return decode(samples_in, vae_options or {})
+            finally:
+                self._may_tile = True
+
+        return with_recovery(
+            whole,
+            lambda: decode(samples_in, vae_options or {}),
+            what="while decoding",
+            device=self.device,
+            advice=lambda: [
+                "ComfyUI's VAE Decode (Tiled) with a tile_size of 256",
+                "fewer or smaller pictures",
+                "starting ComfyUI with --cpu-vae",
+                CLOSE_OTHERS,
+            ],
+            needed=lambda: self.patcher.model_size() + self._tile_bytes(samples_in, _TILE, _TILE),
+        )
+
+    def decode_tiled_(
+        self, samples: Tensor, tile_x: int = _TILE, tile_y: int = _TILE, overlap: int = _OVERLAP
+    ) -> Tensor:
+        """VAE's, which ``decode`` calls when memory ran out, even if that was as the VAE was loaded."""
+        if not self._may_tile:
+            raise torch.OutOfMemoryError("The whole picture does not fit beside the models that are loaded.")
+        management = comfy.model_management
+        if not any(model is self.patcher for model in management.loaded_models()):
+            needed = self._tile_bytes(samples, tile_x, tile_y)
+            management.load_models_gpu([self.patcher], memory_required=needed, force_full_load=True)
+        return super().decode_tiled_(samples, tile_x, tile_y, overlap)
+
+    def _tile_bytes(self, samples: Tensor, tile_x: int, tile_y: int) -> float:
+        """Bytes of decoding one tile of latents [..., h, w]."""
+        height, width = samples.shape[-2:]
+        return self.memory_used_decode((1, 1, min(tile_y, height), min(tile_x, width)), self.vae_dtype)
 
     def get_sd(self) -> dict[str, Tensor]:
         """Weights under diffusers' names, as VAESave writes them."""
@@ -92,7 +140,18 @@ def load_host_vae(path: Path) -> LensHostVAE:
     """A file or Lens folder as a VAE."""
     device = comfy.model_management.vae_device()
     dtype = comfy.model_management.vae_dtype(device, [torch.bfloat16, torch.float32])
-    vae = LensHostVAE(load_vae(path, dtype, on_progress()), dtype, device)
+
+    def load() -> LensHostVAE:
+        return LensHostVAE(load_vae(path, dtype, on_progress()), dtype, device)
+
+    vae = with_recovery(
+        load,
+        load,
+        what=f"while loading {path.name}",
+        device=device,
+        advice=lambda: ["starting ComfyUI with --cpu-vae", CLOSE_OTHERS],
+        needed=lambda: None,
+    )
     vae.patcher.cached_patcher_init = (_load_patcher, (path,))
     return vae
 

@@ -10,6 +10,8 @@ import weakref
 import pytest
 import torch
 
+from lens_core.config import DenoiserConfig
+from lens_core.tiny import models
 from lens_core.weights import open_checkpoint
 from tests.compare import relative_l2
 from tests.host.helpers import random_context, random_latent
@@ -223,10 +225,46 @@ def test_vae_is_loaded_as_a_whole(tiny, management, monkeypatch):
     assert seen == [True] * 4
 
 
+def test_denoiser_estimate(tiny):
+    """A token of the picture counts as one of the text; here in fp32, and without our kernels."""
+    of_token = (2 * models.DENOISER.mlp_hidden_size + 8 * models.DENOISER.hidden_size) * 2 * 4
+    need = tiny.model.model.memory_required
+    text = {"c_crossattn": [[1, 100, 256]]}
+    one = need([1, 128, 32, 32], text)
+    assert need([1, 128, 64, 32], text) - one == 32 * 32 * of_token
+    assert need([1, 128, 32, 32], {"c_crossattn": [[1, 100, 256], [1, 150, 256]]}) - one == 50 * of_token
+    assert need([2, 128, 32, 32], text) - one == (32 * 32 + 100) * of_token
+    assert need([1, 128, 32, 32]) - one == 412 * of_token, "unknown text counts as the longest"
+    assert tiny.model.memory_required([1, 128, 32, 32]) == need([1, 128, 32, 32])
+
+
+def test_denoiser_estimate_of_prompt_and_negative(tiny):
+    """ComfyUI asks for twice the pictures; only where both texts are of one length do they run together."""
+    from comfy.sampler_helpers import convert_cond, estimate_memory
+
+    def estimate(*lengths: int) -> tuple[float, float]:
+        conds = {str(i): convert_cond([[torch.zeros(1, n, 256), {}]]) for i, n in enumerate(lengths)}
+        return estimate_memory(tiny.model, (3, 128, 32, 32), conds)
+
+    together, least = estimate(7, 7)
+    assert together > 1.9 * least
+    apart, same_least = estimate(7, 5)
+    assert apart == same_least == least
+    of_token = (2 * models.DENOISER.mlp_hidden_size + 8 * models.DENOISER.hidden_size) * 2 * 4
+    assert estimate(5, 5, 7)[0] - together == 0 and estimate(8, 8)[0] - together == 6 * of_token
+
+
+def test_generic_estimate_is_near_ours(tiny):
+    """Of ComfyUI's formula, which other packs use too: that of our kernels, in bf16."""
+    from lens_core.memory.estimate import denoiser_bytes
+
+    of_token = tiny.model.model.memory_usage_factor * 2 * 0.01 * 2**20
+    ours = denoiser_bytes(DenoiserConfig(), batch=1, image_tokens=4096, text_tokens=200, levels=20)
+    assert 4096 * of_token == pytest.approx(ours, rel=0.2)
+
+
 def test_memory_estimates(tiny):
     """Positive, and in proportion to the picture: ComfyUI frees this much before it runs."""
-    small, large = ([1, 128, 32, 32], [1, 128, 64, 64])
-    assert tiny.model.memory_required(large) == pytest.approx(4 * tiny.model.memory_required(small))
     sizes = [(1, 128, 512, 512), (1, 128, 1024, 1024)]
     at_small, at_large = (tiny.vae.memory_used_encode(size, torch.float32) for size in sizes)
     assert at_large == 4 * at_small == 2 * tiny.vae.memory_used_encode(sizes[1], torch.bfloat16)

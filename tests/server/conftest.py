@@ -16,5 +16,7 @@ def server(tiny_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     """A running server; its models folder is a copy, which tests may add files to."""
     base = tmp_path_factory.mktemp("server")
     shutil.copytree(tiny_models, base / "tiny")
+    (base / "comfy" / "custom_nodes").mkdir(parents=True)
+    shutil.copy(Path(__file__).with_name("shortage_node.py"), base / "comfy" / "custom_nodes")
     with ComfyServer(base / "comfy", base / "tiny") as running:
         yield running
