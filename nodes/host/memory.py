@@ -73,8 +73,8 @@ def components(model: Any, clip: Any, vae: Any, picture: Picture) -> Components:
 
 
 def _figures(plan: Plan, parts: Components) -> str:
-    peaks = ", ".join(f"{phase} {size / 1e9:.1f}" for phase, size in plan.peaks(parts).items())
-    return f"{plan.peak(parts) / 1e9:.1f} GB ({peaks})"
+    peaks = ", ".join(f"{phase} {size / 1e9:.2f}" for phase, size in plan.peaks(parts).items())
+    return f"{plan.peak(parts) / 1e9:.2f} GB ({peaks})"
 
 
 def _fitting(parts: Components, budget: float) -> str:

@@ -163,7 +163,7 @@ def test_one_shortage_is_recovered_from(tiny_folder: Path, want: Tensor, monkeyp
 def test_a_second_one_is_told(tiny_folder: Path, want: Tensor, monkeypatch, where: str):
     pipeline = pipeline_on(tiny_folder, budget=8e9)
     fail(monkeypatch, pipeline, where, times=2)
-    with pytest.raises(OutOfMemory, match=r"GB are needed, 8\.0 GB are free.*--quant_transformer"):
+    with pytest.raises(OutOfMemory, match=r"GB are needed, 8\.00 GB are free.*--quant_transformer"):
         draw(pipeline)
     assert pipeline.text.layers.loaded == pipeline.residence.places.loaded == 0
     monkeypatch.undo()

@@ -40,6 +40,11 @@ NODES = {
         [("CLIP", "CLIP")],
     ),
     "LensVAELoader": ("Lens VAE Loader", ["vae_name"], [("VAE", "VAE")]),
+    "LensMemoryEstimate": (
+        "Lens Memory Estimate",
+        ["model", "clip", "vae", "latent", "steps", "text_tokens", "vram_gb"],
+        [("estimate", "STRING")],
+    ),
     "LensTextEncode": (
         "Lens Text Encode",
         ["clip", "prompt", "negative", "extended", "template_date"],
