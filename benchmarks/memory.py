@@ -118,7 +118,8 @@ def measure(
     finally:
         limit(None)
     seconds = time.perf_counter() - start
-    picture = Picture(*size, 1, len(pipeline._ids(PROMPT)), steps)
+    tokens = len(pipeline.text.file.tokenizer.split(pipeline._ids(PROMPT))[1])
+    picture = Picture(*size, 1, tokens, steps)
     parts = residence.components(picture)
     plan = residence.last
     assert isinstance(plan, Plan)

@@ -7,13 +7,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from .config import PIXELS_PER_TOKEN, DenoiserConfig, is_modulation
-from .memory.estimate import denoiser_bytes
+from .memory.estimate import denoiser_bytes, encoder_bytes
 from .memory.plan import BUFFERS, Component
 from .text_encoder import TextEncoder
 from .vae import LensVAE
 
-# Of GPT-OSS-20B while it encodes, measured: libraries' workspaces, and what each token takes.
-_ENCODING, _OF_TOKEN = 40_000_000, 350_000
+# The chat around a prompt.
+_TEMPLATE_TOKENS = 440
+# cuBLAS' workspace, which it takes with its first product and keeps.
+_LIBRARIES = 34_000_000
 _BLOCK = re.compile(r"transformer_blocks\.(\d+)\.")
 
 
@@ -34,8 +36,8 @@ class Picture:
 
 
 def encoder_needs(text: TextEncoder, placement: str, tokens: int) -> Component:
-    """The encoder in one of ``config.PLACEMENTS``."""
-    sizes, working = tuple(text.layers.sizes), _ENCODING + _OF_TOKEN * tokens
+    """The encoder in one of ``config.PLACEMENTS``, for a prompt of so many tokens."""
+    sizes, working = tuple(text.layers.sizes), encoder_bytes(_TEMPLATE_TOKENS + tokens)
     if placement == "cpu":
         return Component(())
     if text.dense or placement == "gpu":  # all or nothing
@@ -77,11 +79,11 @@ def denoiser_needs(
         quantized=quantized,
         levels=picture.levels,
     )
-    return Component(tuple(steps), rest, working, tuple(modulation))
+    return Component(tuple(steps), rest, working + _LIBRARIES, tuple(modulation))
 
 
 def vae_needs(vae: LensVAE, picture: Picture) -> Component:
     """The VAE, which decodes one picture of a batch at a time."""
     weights = sum(tensor.nbytes for tensor in vae.state_dict().values())
     element = next(vae.parameters()).element_size()
-    return Component((), weights, vae.decode_bytes(*picture.grid, element))
+    return Component((), weights, vae.decode_bytes(*picture.grid, element) + _LIBRARIES)

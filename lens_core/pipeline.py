@@ -121,7 +121,8 @@ class LensPipeline:
         runs out after all, once more with everything streamed; raises OutOfMemory if that fails too.
         """
         asked = [prompt, *([negative] if negative.strip() and cfg != 1 else ())]
-        tokens = max(len(self._ids(text)) for text in asked)
+        split = self.text.file.tokenizer.split
+        tokens = max(len(split(self._ids(text))[1]) for text in asked)
         picture = Picture(*size, noise.shape[0], tokens, steps)
         draw = partial(
             self._draw, asked, noise, size, steps, cfg, on_step=on_step, guided=guided, step_cache=step_cache

@@ -51,24 +51,31 @@ def recovering(
     ``free()`` runs between them, after the handler: while an exception is handled, its traceback keeps the
     tensors of every frame that it left. ``what`` is for the log: "while decoding".
     """
-    done, result = _tried(attempt, is_shortage)
-    if done:
+    result, reason = _tried(attempt, is_shortage)
+    if reason is None:
         return result  # type: ignore[return-value]
-    log.warning("Out of memory %s: everything else is unloaded, and it is tried once more with less.", what)
+    log.warning(
+        "Out of memory %s (%s): everything else is unloaded, and it is tried once more with less.",
+        what,
+        reason,
+    )
     gc.collect()
     free()
-    done, result = _tried(smaller, is_shortage)
-    if done:
+    result, reason = _tried(smaller, is_shortage)
+    if reason is None:
         return result  # type: ignore[return-value]
     gc.collect()
     free()
     raise explain()
 
 
-def _tried(call: Callable[[], T], is_shortage: Callable[[BaseException], bool]) -> tuple[bool, T | None]:
+def _tried(
+    call: Callable[[], T], is_shortage: Callable[[BaseException], bool]
+) -> tuple[T | None, str | None]:
+    """The result, and no reason; or nothing, and what the allocator said in its first sentences."""
     try:
-        return True, call()
+        return call(), None
     except Exception as error:
         if not is_shortage(error):
             raise
-    return False, None
+        return None, ". ".join(str(error).split(". ")[:2]).removesuffix(".")

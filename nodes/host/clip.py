@@ -22,6 +22,7 @@ from ...lens_core.config import CAPTURED_LAYERS, PLACEMENTS, TEMPLATE_DATE
 from ...lens_core.encoder import no_features
 from ...lens_core.errors import SettingError
 from ...lens_core.loading import open_encoder
+from ...lens_core.memory.estimate import encoder_bytes
 from ...lens_core.prompt import PromptTokenizer
 from ...lens_core.text_encoder import TextEncoder
 from .feature_cache import feature_cache
@@ -32,8 +33,8 @@ from .recovery import CLOSE_OTHERS, with_recovery
 from .settings import one_of
 
 KEY = "gpt_oss"
-# Beside its layers, an encoding holds masks, activations and the experts' results: 0.2 GB at 512 tokens.
-_ACTIVATIONS = 256 << 20
+# What room is made for at least: the longest prompt that Lens was trained with, in its template.
+_TOKENS = 1024
 
 
 class HostTokenizer:
@@ -92,7 +93,7 @@ class LensClipModel(nn.Module):
 
     def memory_estimation_function(self, tokens: Any, device: torch.device | None = None) -> int:
         """Bytes that encoding takes beside the resident layers."""
-        return self.text.layers.buffers + _ACTIVATIONS
+        return self.text.layers.buffers + encoder_bytes(max(_TOKENS, len(_ids(tokens)) if tokens else 0))
 
     @contextmanager
     def streaming(self) -> Iterator[None]:

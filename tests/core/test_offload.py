@@ -76,8 +76,8 @@ def test_the_same_bits_in_every_budget(
     # A tiny model computes in more memory than it weighs; here the weights are to decide.
     monkeypatch.setattr(needs, "denoiser_bytes", lambda *_, **__: 0)
     monkeypatch.setattr(LensVAE, "decode_bytes", lambda *_: 0)
-    for constant in ("_ENCODING", "_OF_TOKEN"):
-        monkeypatch.setattr(needs, constant, 0)
+    monkeypatch.setattr(needs, "encoder_bytes", lambda *_: 0)
+    monkeypatch.setattr(needs, "_LIBRARIES", 0)
     caplog.set_level(logging.INFO)
     pipeline = pipeline_on(tiny_folder, budget=budget_for(tiny_folder, share))
     assert torch.equal(draw(pipeline), want)
