@@ -149,8 +149,8 @@ def smallest_budget(result: dict[str, Any]) -> float | None:
 def of_weights(pipeline: LensPipeline, name: str) -> dict[str, Any]:
     """All sizes: each way of offloading without and with a budget, then what "auto" does in each budget."""
     results: dict[str, Any] = {}
-    # The first reads the file's pages, the next locks what has left the GPU once: what comes is the rule.
-    cold = [measure(pipeline, SIZES["1024x1024"], "none", None)["seconds"] for _ in range(3)]
+    # The first reads the file's pages, the next ones lock some of what has left the GPU: then comes the rule.
+    cold = [measure(pipeline, SIZES["1024x1024"], "none", None)["seconds"] for _ in range(8)]
     results[f"1024x1024, {name}, resident, first pictures"] = {"seconds": cold}
     for size, pixels in SIZES.items():
         want = draw(pipeline, pixels, 4, 1.0)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .layers import LayerStore, OnLayer
+from .layers import LOCKED_A_LOAD, LayerStore, OnLayer
 
 
 class Seats(nn.Module):
@@ -60,7 +60,7 @@ class InPlaceStore(LayerStore):
 
     def keep(self, device: torch.device, count: int, on_layer: OnLayer | None = None) -> None:
         """Have exactly the first ``count`` layers on the GPU."""
-        device = self._moved_to(device)
+        device, self._to_lock = self._moved_to(device), LOCKED_A_LOAD
         for index in sorted(self._resident, reverse=True)[: max(0, len(self._resident) - count)]:
             self._release(index)
         for index in range(count):

@@ -218,11 +218,13 @@ def test_a_layer_that_comes_back_is_page_locked(monkeypatch: pytest.MonkeyPatch)
         store.unload()
     assert made == []
     monkeypatch.setattr(layers_module, "_copies_faster_locked", lambda device: True)
-    for _ in range(3):
+    monkeypatch.setattr(layers_module, "LOCKED_A_LOAD", 2 * SIZE)
+    for locked in ([0, 1], [0, 1, 2], [0, 1, 2]):
         store.load(GPU, 1e9)
         assert torch.equal(run(store.on(GPU)), want)
+        assert sorted(store._locked) == locked
         store.unload()
-    assert made == [SIZE] * 3 and sorted(store._locked) == [0, 1, 2]
+    assert made == [SIZE] * 3
 
 
 @pytest.mark.parametrize("refused_by", ["RAM", "the system"])
