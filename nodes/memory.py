@@ -1,8 +1,9 @@
 """How much GPU memory a picture takes."""
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from .host.memory import estimate
+from .host.progress import say
 
 
 class LensMemoryEstimate(io.ComfyNode):
@@ -41,6 +42,7 @@ class LensMemoryEstimate(io.ComfyNode):
                     tooltip="Memory to plan for, in GB of 10^9 bytes. 0: what this GPU has free for models.",
                 ),
             ],
+            hidden=[io.Hidden.unique_id],
             outputs=[io.String.Output(display_name="estimate", tooltip="The text that the node shows.")],
             is_output_node=True,
         )
@@ -48,4 +50,5 @@ class LensMemoryEstimate(io.ComfyNode):
     @classmethod
     def execute(cls, model, clip, vae, latent, steps, text_tokens, vram_gb) -> io.NodeOutput:
         text = estimate(model, clip, vae, latent, steps, text_tokens, vram_gb)
-        return io.NodeOutput(text, ui=ui.PreviewText(text))
+        say(text, getattr(cls.hidden, "unique_id", None))
+        return io.NodeOutput(text)
