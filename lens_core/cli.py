@@ -169,6 +169,7 @@ def generate(args: argparse.Namespace) -> list[Path]:
                 on_step=_position(bar),
                 guided=guided,
                 step_cache=step_cache,
+                later=prompts[index + 1 :],
             )
         for number, image in enumerate(images.cpu()):
             settings = {

@@ -55,6 +55,7 @@ class LensPipeline:
     graphs: BlockGraphs | None = None
     quantization: str = NONE
     _tokens: dict[str, Sequence[int]] = field(default_factory=dict)
+    _encoded: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def from_folder(
@@ -114,18 +115,29 @@ class LensPipeline:
         on_step: OnStep | None = None,
         guided: Interval = WHOLE,
         step_cache: StepCacheOptions = STEP_CACHE_OFF,
+        later: Sequence[str] = (),
     ) -> Tensor:
         """Pictures [B, H, W, 3] in bytes from starting noise [B, N, C]; ``size`` is (height, width).
 
-        Outside the ``guided`` steps cfg is 1; ``step_cache`` says which steps may be skipped. Where memory
-        runs out after all, once more with everything streamed; raises OutOfMemory if that fails too.
+        Outside the ``guided`` steps cfg is 1; ``step_cache`` says which steps may be skipped. ``later`` are
+        the prompts to come, encoded too while the encoder is there. Where memory runs out after all, once
+        more with everything streamed; raises OutOfMemory if that fails too.
         """
         asked = [prompt, *([negative] if negative.strip() and cfg != 1 else ())]
         split = self.text.file.tokenizer.split
-        tokens = max(len(split(self._ids(text))[1]) for text in asked)
+        tokens = max(len(split(self._ids(text))[1]) for text in (*asked, *later))
         picture = Picture(*size, noise.shape[0], tokens, steps)
         draw = partial(
-            self._draw, asked, noise, size, steps, cfg, on_step=on_step, guided=guided, step_cache=step_cache
+            self._draw,
+            asked,
+            later,
+            noise,
+            size,
+            steps,
+            cfg,
+            on_step=on_step,
+            guided=guided,
+            step_cache=step_cache,
         )
         return recovering(
             lambda: draw(self.residence.plan(picture)),
@@ -138,6 +150,7 @@ class LensPipeline:
     def _draw(
         self,
         asked: list[str],
+        later: Sequence[str],
         noise: Tensor,
         size: tuple[int, int],
         steps: int,
@@ -148,7 +161,11 @@ class LensPipeline:
         guided: Interval,
         step_cache: StepCacheOptions,
     ) -> Tensor:
-        features = [self.features(text, plan) for text in asked]
+        for text in (*asked, *later):
+            if text not in self._encoded:
+                self._encoded[text] = self.features(text, plan).cpu()
+        features = [self._encoded[text].to(self.device) for text in asked]
+        self._encoded = {text: self._encoded[text] for text in (*asked[1:], *later)}
         self.residence.for_sampling(plan)
         prompts = [self.denoiser.embed_text(part) for part in (*features, self.empty_features())[:2]]
         del features

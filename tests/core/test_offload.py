@@ -99,6 +99,18 @@ def test_another_batch_and_the_step_cache(tiny_folder: Path):
     assert torch.equal(draw(pipeline_on(tiny_folder, offload="stream"), **cached), plain)
 
 
+def test_prompts_to_come_are_encoded_while_the_encoder_is_there(tiny_folder: Path, monkeypatch):
+    pipeline, loads = pipeline_on(tiny_folder, offload="model"), []
+    load = pipeline.text.load
+    monkeypatch.setattr(pipeline.text, "load", lambda *args: loads.append(1) or load(*args))
+    prompts = [PROMPT, "a blue square", "two dots"]
+    pictures = [draw(pipeline, prompt, later=prompts[i + 1 :]) for i, prompt in enumerate(prompts)]
+    assert len(loads) == 4, "three prompts and the negative, before the first picture"
+    alone = pipeline_on(tiny_folder)
+    assert all(torch.equal(draw(alone, p), picture) for p, picture in zip(prompts, pictures, strict=True))
+    assert set(pipeline._encoded) == {"a green image"}
+
+
 def test_nothing_is_left_after_clearing(tiny_folder: Path):
     pipeline = pipeline_on(tiny_folder)
     home = dict(pipeline.denoiser.named_parameters())
