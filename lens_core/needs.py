@@ -6,6 +6,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
+
 from .config import PIXELS_PER_TOKEN, DenoiserConfig, is_modulation
 from .memory.estimate import denoiser_bytes, encoder_bytes
 from .memory.plan import BUFFERS, Component
@@ -82,8 +84,8 @@ def denoiser_needs(
     return Component(tuple(steps), rest, working + _LIBRARIES, tuple(modulation))
 
 
-def vae_needs(vae: LensVAE, picture: Picture) -> Component:
-    """The VAE, which decodes one picture of a batch at a time."""
+def vae_needs(vae: LensVAE, picture: Picture, device: torch.device) -> Component:
+    """The VAE, which decodes one picture of a batch at a time, on ``device``."""
     weights = sum(tensor.nbytes for tensor in vae.state_dict().values())
     element = next(vae.parameters()).element_size()
-    return Component((), weights, vae.decode_bytes(*picture.grid, element) + _LIBRARIES)
+    return Component((), weights, vae.decode_bytes(*picture.grid, element, device) + _LIBRARIES)

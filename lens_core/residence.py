@@ -60,7 +60,7 @@ class Residence:
                 fused=kernels is not EAGER_BLOCK,
                 quantized=any(isinstance(layer, QuantizedLinear) for layer in denoiser.modules()),
             ),
-            vae_needs(self.vae, picture),
+            vae_needs(self.vae, picture, self.device),
         )
 
     def available(self) -> float:

@@ -1,7 +1,7 @@
 """Fused operations: plain-PyTorch definitions, Triton where it can run, and the choice between them.
 
 ``eager`` and ``registry`` are the encoder's, ``block`` and ``block_registry`` the denoiser's, ``linear`` and
-``linear_registry`` those of linears with quantised weights.
+``linear_registry`` those of linears with quantised weights, ``strips`` and ``strip_registry`` the VAE's.
 """
 
 from . import eager
@@ -12,10 +12,12 @@ from .linear import EAGER_LINEAR, LinearKernels
 from .linear_registry import choose_linear
 from .plan import AttentionPlan, Block
 from .registry import Kernels, choose
+from .strip_registry import EAGER_STRIPS, StripKernels, choose_strips
 
 __all__ = [
     "EAGER_BLOCK",
     "EAGER_LINEAR",
+    "EAGER_STRIPS",
     "AttentionPlan",
     "Bank",
     "Block",
@@ -25,8 +27,10 @@ __all__ = [
     "Kernels",
     "LinearKernels",
     "PackedMatrices",
+    "StripKernels",
     "choose",
     "choose_block",
     "choose_linear",
+    "choose_strips",
     "eager",
 ]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import MissingPackage
+from ..kernels import EAGER_STRIPS, choose_strips
 from . import strips
 
 
@@ -66,11 +67,18 @@ class LensVAE(nn.Module):
         mean, deviation = self._statistics(latents)
         return self.model.decode(unpack(latents * deviation + mean), return_dict=False)[0]
 
-    def decode_bytes(self, height: int, width: int, element_size: int) -> int:
-        """Peak memory of decoding one picture of height x width tokens, weights left out."""
+    def decode_bytes(
+        self, height: int, width: int, element_size: int, device: torch.device | None = None
+    ) -> int:
+        """Peak memory of decoding one picture of height x width tokens, weights left out.
+
+        ``device``: where it will be decoded, if that is not where the weights are.
+        """
         config = self.model.config
         channels = config.decoder_block_out_channels or config.block_out_channels
-        return strips.decode_bytes(channels, height, width, element_size)
+        weight = next(self.parameters())
+        fused = choose_strips(device or weight.device, weight.dtype) is not EAGER_STRIPS
+        return strips.decode_bytes(channels, height, width, element_size, fused)
 
     def encode(self, images: Tensor) -> Tensor:
         """Packed latents of pictures: the posterior's mean, normalised."""

@@ -6,8 +6,11 @@ only the work within a layer is cut up:
 
 - A layer's input is a list of strips, each freed once its output exists. At its worst a decode holds two
   tensors of [128, H, W], a residual and the hidden one beside it, where whole layers took the space of nine.
-- Of normalised and enlarged inputs and of fp32 copies, a strip exists at a time.
+- Of normalised and enlarged inputs, and of fp32 copies where the statistics need them, a strip exists at a
+  time.
 - Statistics are taken of every strip when it is made, and combined when the next norm needs them.
+
+What lies between the convolutions is ``kernels.strips``, by Triton where that can run.
 
 Strips are cut by a layer's shape alone, so that a picture does not depend on how much memory was free.
 """
@@ -22,13 +25,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kernels import EAGER_STRIPS, StripKernels, choose_strips
+
 # A strip's channels x rows x width. A convolution of 128 channels then has 64 rows of 1024: enough for a
 # large GPU's hundred and more multiprocessors, while five strips' worth of temporaries stays below 100 MB.
 STRIP_ELEMENTS = 2**23
 # Scores of the attention that exist at once where no kernel avoids them.
 ATTENTION_SCORES = 2**25
-# What cuDNN takes beside the tensors; measured on an H200, whatever the size.
-CONV_WORKSPACE = 264 * 2**20
+# What cuDNN may take beside the tensors.
+CONV_WORKSPACE = 32 * 2**20
+# What PyTorch's variance of a strip takes on NVIDIA's GPUs, whatever the strip: measured on an H200.
+MOMENTS_SCRATCH = 264 * 2**20
 
 OnStrip = Callable[[], None]
 # Takes rows of a picture, [1, C, n, width], into place: [1, C, n, width], or both sizes doubled.
@@ -45,22 +52,26 @@ def strip_rows(channels: int, height: int, width: int) -> int:
 class Strips:
     """A picture [1, C, height, width] in strips of ``rows`` rows (the last may be shorter), each freed alone.
 
-    Beside them the mean and variance of every strip's channels, for the GroupNorm that comes next.
+    Beside them the moments of every strip's channels, for the GroupNorm that comes next.
     """
 
-    def __init__(self, rows: int, height: int, width: int) -> None:
+    def __init__(self, rows: int, height: int, width: int, kernels: StripKernels = EAGER_STRIPS) -> None:
         self.rows, self.height, self.width = rows, height, width
+        self.kernels = kernels
         self.parts: list[Tensor | None] = []
         self.taken = 0
-        self.means: list[Tensor] = []
-        self.variances: list[Tensor] = []
+        self.moments: list[Tensor] = []
 
-    def append(self, strip: Tensor) -> None:
-        """The next rows, [1, C, rows, width]."""
+    def append(
+        self, strip: Tensor, bias: Tensor | None = None, residual: Iterator[Tensor] | None = None
+    ) -> None:
+        """The next rows, [1, C, rows, width], once a bias [C] and pieces of a residual, one below the other,
+        are added to them in place."""
         self.parts.append(strip)
-        variance, mean = torch.var_mean(_wide(strip), dim=(0, 2, 3), correction=0)
-        self.means.append(mean)
-        self.variances.append(variance)
+        for piece in residual or (None,):
+            rows = strip.shape[2] if piece is None else piece.shape[2]
+            self.moments.append(self.kernels.add_moments(strip[:, :, :rows], bias, piece))
+            strip = strip[:, :, rows:]
 
     def pieces(self, start: int, stop: int) -> Iterator[Tensor]:
         """Rows [start, stop) as views of the strips that hold them, each [1, C, n, width]."""
@@ -86,27 +97,10 @@ class Strips:
             pass
 
     def affine(self, norm: nn.GroupNorm) -> tuple[Tensor, Tensor]:
-        """``norm`` over the whole picture as fp32 scale and shift, [1, C, 1, 1] each.
-
-        Chan's formula: a group's variance is the mean over its channels and strips of their variances and of
-        their means' squared distances from its mean. Summing x and x^2 instead would lose a small variance
-        beside a large mean. For the same reason the means are summed as distances from one of them.
-        """
-        means, variances = (
-            torch.stack(values).unflatten(1, (norm.num_groups, -1)) for values in (self.means, self.variances)
-        )
-        share = torch.full_like(means[:, :1, :1], self.rows / self.height)
-        share[-1] = 1 - (len(self.means) - 1) * self.rows / self.height
-        distances = means - means[:1, :, :1]
-        distance = (share * distances).sum(0).mean(-1)
-        spread = variances + (distances - distance[:, None]).square()
-        variance = (share * spread).sum(0).mean(-1)
-        weight, bias = (
-            _wide(value).unflatten(0, (norm.num_groups, -1)) for value in (norm.weight, norm.bias)
-        )
-        scale = weight * torch.rsqrt(variance + norm.eps)[:, None]
-        shift = bias - scale * (means[0, :, 0] + distance)[:, None]
-        return scale.view(1, -1, 1, 1), shift.view(1, -1, 1, 1)
+        """``norm`` over the whole picture as fp32 scale and shift, [1, C, 1, 1] each; uses the moments up."""
+        moments = torch.cat(self.moments)
+        self.moments.clear()
+        return self.kernels.affine(moments, norm.weight, norm.bias, norm.num_groups, norm.eps)
 
 
 def decode(model: Any, latents: Tensor, on_strip: OnStrip) -> Tensor:
@@ -115,22 +109,24 @@ def decode(model: Any, latents: Tensor, on_strip: OnStrip) -> Tensor:
     Runs that model's own layers, one picture at a time. ``on_strip`` is called before every strip of a
     convolution, and may raise.
     """
+    kernels = choose_strips(latents.device, latents.dtype)
     batch, _, height, width = latents.shape
     decoder = model.decoder
     scale = 2 ** sum(block.upsamplers is not None for block in decoder.up_blocks)
     with torch.no_grad():
         images = latents.new_empty(batch, decoder.conv_out.out_channels, scale * height, scale * width)
         for image, picture in zip(images.split(1), latents.split(1), strict=True):
-            _decode_one(model, picture, image, on_strip)
+            _decode_one(model, picture, image, kernels, on_strip)
     return images
 
 
-def _decode_one(model: Any, latents: Tensor, image: Tensor, on_strip: OnStrip) -> None:
+def _decode_one(model: Any, latents: Tensor, image: Tensor, kernels: StripKernels, on_strip: OnStrip) -> None:
     decoder = model.decoder
     if model.post_quant_conv is not None:
         latents = model.post_quant_conv(latents)
     # The first convolution is whole, for it is small; from here on strips have no owner but their list.
-    x = Strips(latents.shape[2], *latents.shape[2:])
+    height, width = latents.shape[2:]
+    x = Strips(height, height, width, kernels)
     x.append(decoder.conv_in(latents).contiguous(memory_format=_layout(latents)))
     first, *others = decoder.mid_block.resnets
     x = _resnet(first, x, on_strip)
@@ -143,8 +139,8 @@ def _decode_one(model: Any, latents: Tensor, image: Tensor, on_strip: OnStrip) -
             x = _resnet(resnet, x, on_strip)
         for upsampler in block.upsamplers or ():
             x = _upsample(upsampler.conv, x, on_strip)
-    start = 0
-    for stop, strip in _convolve(decoder.conv_out, x, _normalised(decoder.conv_norm_out, x), on_strip):
+    conv, start = decoder.conv_out, 0
+    for stop, strip in _convolve(conv, conv.bias, x, _normalised(decoder.conv_norm_out, x), on_strip):
         x.free(stop)
         image[:, :, start:stop] = strip
         start = stop
@@ -156,26 +152,22 @@ def _layout(like: Tensor) -> torch.memory_format:
     return torch.channels_last if half else torch.contiguous_format
 
 
-def _wide(value: Tensor) -> Tensor:
-    """In fp32, or in fp64 if it is: what statistics are computed in."""
-    return value.to(torch.promote_types(value.dtype, torch.float32))
-
-
 def _resnet(block: Any, x: Strips, on_strip: OnStrip) -> Strips:
     """``ResnetBlock2D``; uses ``x`` up."""
     shortcut = block.conv_shortcut
     hidden = _output(block.conv1, x)
     residual = x if shortcut is None else Strips(x.rows, x.height, x.width)
-    for stop, strip in _convolve(block.conv1, x, _normalised(block.norm1, x), on_strip):
+    inside, after = _bias(block.conv1, x)
+    for stop, strip in _convolve(block.conv1, inside, x, _normalised(block.norm1, x), on_strip):
         if shortcut is not None:
             residual.parts.extend(map(shortcut, x.take(stop)))
-        hidden.append(strip)
+        hidden.append(strip, after)
     result, start = _output(block.conv2, hidden), 0
-    for stop, strip in _convolve(block.conv2, hidden, _normalised(block.norm2, hidden), on_strip):
-        _fill(strip, residual.pieces(start, stop), Tensor.add_)
+    inside, after = _bias(block.conv2, x)
+    for stop, strip in _convolve(block.conv2, inside, hidden, _normalised(block.norm2, hidden), on_strip):
+        result.append(strip, after, residual.pieces(start, stop))
         hidden.free(stop)
         residual.free(stop)
-        result.append(strip)
         start = stop
     return result
 
@@ -183,9 +175,10 @@ def _resnet(block: Any, x: Strips, on_strip: OnStrip) -> Strips:
 def _upsample(conv: nn.Conv2d, x: Strips, on_strip: OnStrip) -> Strips:
     """``Upsample2D``: every pixel doubled both ways, then a convolution; uses ``x`` up."""
     result = _output(conv, x, scale=2)
-    for stop, strip in _convolve(conv, x, _doubled, on_strip, scale=2):
+    inside, after = _bias(conv, x)
+    for stop, strip in _convolve(conv, inside, x, x.kernels.double, on_strip, scale=2):
         x.free(stop // 2)
-        result.append(strip)
+        result.append(strip, after)
     return result
 
 
@@ -207,10 +200,10 @@ def _attention(block: Any, x: Strips) -> Strips:
     mixed = torch.cat([F.scaled_dot_product_attention(chunk, key, value) for chunk in chunks], 2)
     del query, key, value, chunks
     mixed = block.to_out[0](mixed.transpose(1, 2).flatten(2)).transpose(1, 2)
-    result, start = Strips(x.rows, x.height, x.width), 0
+    result, start = Strips(x.rows, x.height, x.width, x.kernels), 0
     for part in x.take(x.height):
         stop = start + part.shape[2] * part.shape[3]
-        result.append(part.add_(mixed[:, :, start:stop].unflatten(2, part.shape[2:])))
+        result.append(part, residual=iter([mixed[:, :, start:stop].unflatten(2, part.shape[2:])]))
         start = stop
     return result
 
@@ -222,11 +215,16 @@ def _rows(conv: nn.Conv2d, height: int, width: int) -> int:
 def _output(conv: nn.Conv2d, source: Strips, scale: int = 1) -> Strips:
     """Room for what ``_convolve`` yields."""
     height, width = scale * source.height, scale * source.width
-    return Strips(_rows(conv, height, width), height, width)
+    return Strips(_rows(conv, height, width), height, width, source.kernels)
+
+
+def _bias(conv: nn.Conv2d, source: Strips) -> tuple[Tensor | None, Tensor | None]:
+    """The bias, or nothing, to be added by the convolution; the bias, or nothing, to be added after it."""
+    return (None, conv.bias) if source.kernels.adds_bias else (conv.bias, None)
 
 
 def _convolve(
-    conv: nn.Conv2d, source: Strips, write: Write, on_strip: OnStrip, scale: int = 1
+    conv: nn.Conv2d, bias: Tensor | None, source: Strips, write: Write, on_strip: OnStrip, scale: int = 1
 ) -> Iterator[tuple[int, Tensor]]:
     """(row it ends at, strip) of a 3x3 convolution of ``source`` as ``write`` transforms it.
 
@@ -249,7 +247,8 @@ def _convolve(
             _fill(window[:, :, -1:], source.pieces(stop // scale, stop // scale + 1), write)
         else:
             window[:, :, -1] = 0
-        yield stop, F.conv2d(window, weight, conv.bias, padding=(0, 1))
+        # AMD's convolutions put the channels apart again.
+        yield stop, F.conv2d(window, weight, bias, padding=(0, 1)).contiguous(memory_format=layout)
 
 
 def _fill(window: Tensor, pieces: Iterator[Tensor], write: Write, scale: int = 1) -> None:
@@ -262,40 +261,38 @@ def _fill(window: Tensor, pieces: Iterator[Tensor], write: Write, scale: int = 1
 
 
 def _normalised(norm: nn.GroupNorm, source: Strips) -> Write:
-    """GroupNorm, computed in fp32, and SiLU; each rounds once, as diffusers' two layers do."""
+    """GroupNorm and SiLU."""
     scale, shift = source.affine(norm)
-
-    def write(window: Tensor, piece: Tensor) -> None:
-        F.silu(torch.addcmul(shift, piece, scale, out=window), inplace=True)
-
-    return write
+    return lambda window, piece: source.kernels.normalise_silu(window, piece, scale, shift)
 
 
-def _doubled(window: Tensor, piece: Tensor) -> None:
-    """Nearest neighbour: every pixel twice in its row, and every row twice unless there is room for one."""
-    cells = window.unflatten(2, (piece.shape[2], -1)).unflatten(-1, (piece.shape[3], 2))
-    cells.copy_(piece[:, :, :, None, :, None])
-
-
-def decode_bytes(channels: Sequence[int], height_tokens: int, width_tokens: int, element_size: int) -> int:
+def decode_bytes(
+    channels: Sequence[int], height_tokens: int, width_tokens: int, element_size: int, fused: bool = False
+) -> int:
     """Peak memory of ``decode`` for one picture, weights and latents left out.
 
     ``channels``: the decoder's levels from the finest, [128, 256, 512, 512] as published.
     The most at once is, at some level: the enlarged picture, complete; its first layer's input with the first
-    strips of hidden tensor and residual; or hidden tensor and residual, complete. Beside them a convolution's
-    input exists and, for the statistics, a strip of its output in fp32.
+    strips of hidden tensor and residual; or hidden tensor and residual, complete, with a strip of the result.
+    Beside them a convolution's input exists and, for the statistics of 16-bit floats unless kernels are
+    ``fused``, a strip of its output in fp32. Moments, 1 % of the whole, are left out.
     """
+    copy = 0 if fused or element_size >= 4 else 4
     height, width = 2 * height_tokens, 2 * width_tokens
     worst, before = 0, channels[-1]
     for level, after in enumerate(reversed(channels)):
-        first = 4 if before == after else max(4, 2 * element_size)
-        moments = [(max(before, 2 * after), before, first * after), (2 * after, after, 4 * after)]
+        first = copy if before == after else max(copy, 2 * element_size)
+        moments = [
+            (max(before, 2 * after), before, first * after),
+            (2 * after, after, (element_size + copy) * after),
+        ]
         if level:
             height, width = 2 * height, 2 * width
-            moments.append((before, before, 4 * before if element_size < 4 else 0))
+            moments.append((before, before, copy * before))
         for kept, into, extra in moments:
             rows = min(height, strip_rows(max(into, after), height, width))
             strip = width * (into * (rows + 2) * element_size + extra * rows)
             worst = max(worst, kept * height * width * element_size + strip)
         before = after
-    return worst + 3 * height * width * element_size + CONV_WORKSPACE
+    libraries = CONV_WORKSPACE + (0 if fused else MOMENTS_SCRATCH)
+    return worst + 3 * height * width * element_size + libraries

@@ -68,7 +68,7 @@ def components(model: Any, clip: Any, vae: Any, picture: Picture) -> Components:
             fused=kernels is not EAGER_BLOCK,
             quantized=network.quantized,
         ),
-        vae_needs(vae.first_stage_model, picture),
+        vae_needs(vae.first_stage_model, picture, vae.device),
     )
 
 

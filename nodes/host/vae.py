@@ -43,7 +43,7 @@ class LensHostVAE(comfy.sd.VAE):
         self.latent_channels, self.latent_dim, self.output_channels = 128, 2, 3
         self.downscale_ratio = self.upscale_ratio = PIXELS_PER_TOKEN
         self.downscale_index_formula = self.upscale_index_formula = None
-        self.memory_used_decode = functools.partial(_decode_bytes, module)
+        self.memory_used_decode = functools.partial(_decode_bytes, module, device)
         self.memory_used_encode = _encode_bytes
         self.process_input, self.process_output = _to_signed, _to_unsigned
         self.extra_1d_channel = self.pad_channel_value = self.format_encoded = self.size = None
@@ -116,10 +116,10 @@ def _stop_if_cancelled(*_: Any) -> None:
     comfy.model_management.throw_exception_if_processing_interrupted()
 
 
-def _decode_bytes(module: Any, shape: tuple[int, ...], dtype: torch.dtype) -> int:
+def _decode_bytes(module: Any, device: torch.device, shape: tuple[int, ...], dtype: torch.dtype) -> int:
     """Of one picture: the others of a batch wait for their turn."""
     size = comfy.model_management.dtype_size(dtype)
-    return int(_DECODE_RESERVE * module.decode_bytes(shape[-2], shape[-1], size))
+    return int(_DECODE_RESERVE * module.decode_bytes(shape[-2], shape[-1], size, device))
 
 
 def _encode_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:

@@ -32,4 +32,4 @@ def test_there_are_files_to_interpret():
         "test_linear_products",
     }
     encoder = {"test_attention", "test_encoder", "test_experts", "test_small"}
-    assert {file.stem for file in FILES} == encoder | denoiser
+    assert {file.stem for file in FILES} == encoder | denoiser | {"test_strips"}

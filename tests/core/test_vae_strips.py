@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from lens_core.kernels import EAGER_STRIPS
 from lens_core.tiny.models import VAE, random_weights
-from lens_core.vae import LensVAE, strips
+from lens_core.vae import LensVAE, autoencoder, strips
 from lens_core.vae.strips import Strips, decode_bytes, strip_rows
 from tests.compare import relative_l2
 from tests.live_bytes import LiveBytes
@@ -220,8 +222,46 @@ def test_the_peak_is_the_predicted_one(config, size, elements, dtype, monkeypatc
     latents = torch.randn(1, 128, *size, dtype=dtype)
     with LiveBytes() as memory:
         vae.decode(latents)
-    predicted = vae.decode_bytes(*size, dtype.itemsize) - strips.CONV_WORKSPACE
+    predicted = vae.decode_bytes(*size, dtype.itemsize) - strips.CONV_WORKSPACE - strips.MOMENTS_SCRATCH
     assert memory.peak == pytest.approx(predicted, rel=0.05)
+
+
+@pytest.mark.parametrize("config", [VAE, WIDTHS], ids=["tiny", "widths"])
+@pytest.mark.parametrize("elements", [2**14, 2**23])
+def test_the_peak_without_copies_in_fp32(config, elements: int, monkeypatch: pytest.MonkeyPatch):
+    """As a GPU's kernels take statistics; here nobody does, only the memory is looked at."""
+
+    def add_moments(strip: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+        if residual is not None:
+            strip.add_(residual)
+        return torch.ones(1, 3, strip.shape[1])
+
+    fused = replace(EAGER_STRIPS, add_moments=add_moments)
+    monkeypatch.setattr(strips, "choose_strips", lambda *_: fused)
+    monkeypatch.setattr(strips, "STRIP_ELEMENTS", elements)
+    vae = LensVAE(config).eval().bfloat16()
+    with LiveBytes() as memory:
+        vae.decode(torch.randn(1, 128, 16, 10).bfloat16())
+    channels = vae.model.config.block_out_channels
+    predicted = decode_bytes(channels, 16, 10, 2, fused=True) - strips.CONV_WORKSPACE
+    assert memory.peak == pytest.approx(predicted, rel=0.05)
+
+
+def test_an_estimate_is_for_the_kernels_that_will_run(
+    widths: dict[torch.dtype, LensVAE], monkeypatch: pytest.MonkeyPatch
+):
+    vae, asked = widths[torch.bfloat16], []
+
+    def choose(*what: Any) -> Any:
+        asked.append(what)
+        return None if what[0].type == "cuda" else EAGER_STRIPS
+
+    monkeypatch.setattr(autoencoder, "choose_strips", choose)
+    cuda, cpu = torch.device("cuda", 0), torch.device("cpu")
+    want = [decode_bytes(WIDTHS["block_out_channels"], 64, 64, 2, fused) for fused in (True, False)]
+    assert want[0] < want[1]
+    assert [vae.decode_bytes(64, 64, 2, device) for device in (cuda, cpu, None)] == [*want, want[1]]
+    assert asked == [(device, torch.bfloat16) for device in (cuda, cpu, cpu)]
 
 
 def test_a_picture_takes_two_tensors_of_128_channels():

@@ -12,6 +12,7 @@ import torch
 
 from lens_core.config import DenoiserConfig
 from lens_core.tiny import models
+from lens_core.vae.strips import CONV_WORKSPACE, MOMENTS_SCRATCH
 from lens_core.weights import open_checkpoint
 from tests.compare import relative_l2
 from tests.host.helpers import random_context, random_latent
@@ -278,4 +279,5 @@ def test_decoding_is_estimated_by_its_own_arithmetic(tiny):
     for batch in (1, 4):
         need = estimate((batch, 128, 64, 48), torch.bfloat16)
         assert need == pytest.approx(1.05 * decode_bytes(64, 48, 2), abs=1)
-    assert estimate((1, 128, 64, 48), torch.float32) > 1.5 * need
+    workspace = 1.05 * (CONV_WORKSPACE + MOMENTS_SCRATCH)  # of a tiny VAE's need the most, in either dtype
+    assert estimate((1, 128, 64, 48), torch.float32) - workspace > 1.3 * (need - workspace)
