@@ -150,7 +150,7 @@ def of_weights(pipeline: LensPipeline, name: str) -> dict[str, Any]:
     """All sizes: each way of offloading without and with a budget, then what "auto" does in each budget."""
     results: dict[str, Any] = {}
     # The first reads the file's pages, the next ones lock some of what has left the GPU: then comes the rule.
-    cold = [measure(pipeline, SIZES["1024x1024"], "none", None)["seconds"] for _ in range(8)]
+    cold = [measure(pipeline, SIZES["1024x1024"], "none", None)["seconds"] for _ in range(7)]
     results[f"1024x1024, {name}, resident, first pictures"] = {"seconds": cold}
     for size, pixels in SIZES.items():
         want = draw(pipeline, pixels, 4, 1.0)

@@ -49,7 +49,7 @@ def few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 4), (4, 1), (3, 5), (7, 2)])
-@pytest.mark.parametrize("elements", [1, FEW_ROWS, 5 * FEW_ROWS, 2**23])
+@pytest.mark.parametrize("elements", [1, FEW_ROWS, 5 * FEW_ROWS, 2**25])
 def test_decode_is_diffusers(exact: LensVAE, size, elements, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(strips, "STRIP_ELEMENTS", elements)
     latents = torch.randn(1, 128, *size, dtype=torch.float64)
@@ -200,7 +200,7 @@ def test_strips_are_even_and_cut_by_shape():
         rows = strip_rows(channels, height, width)
         assert rows % 2 == 0
         assert rows * width * channels <= strips.STRIP_ELEMENTS + 2 * width * channels
-    assert strip_rows(128, 1024, 1024) == 64
+    assert strip_rows(128, 1024, 1024) == 256
     assert strip_rows(512, 4, 2**20) == 2, "a row pair is the least"
 
 
@@ -209,10 +209,10 @@ def test_strips_are_even_and_cut_by_shape():
     "config, size, elements",
     [
         (VAE, (16, 10), 2**14),
-        (VAE, (8, 6), 2**23),
+        (VAE, (8, 6), 2**25),
         (WIDTHS, (16, 10), 2**15),
         ({}, (4, 6), 2**17),
-        ({}, (4, 6), 2**23),
+        ({}, (4, 6), 2**25),
     ],
     ids=["tiny", "tiny, one strip", "widths", "published", "published, one strip"],
 )
@@ -227,7 +227,7 @@ def test_the_peak_is_the_predicted_one(config, size, elements, dtype, monkeypatc
 
 
 @pytest.mark.parametrize("config", [VAE, WIDTHS], ids=["tiny", "widths"])
-@pytest.mark.parametrize("elements", [2**14, 2**23])
+@pytest.mark.parametrize("elements", [2**14, 2**25])
 def test_the_peak_without_copies_in_fp32(config, elements: int, monkeypatch: pytest.MonkeyPatch):
     """As a GPU's kernels take statistics; here nobody does, only the memory is looked at."""
 
@@ -266,7 +266,7 @@ def test_an_estimate_is_for_the_kernels_that_will_run(
 
 def test_a_picture_takes_two_tensors_of_128_channels():
     """Whole layers took 2.6 GB at 1024 x 1024 and 5.0 GB at 1440 x 1440, measured on a GPU."""
-    for side, limit in ((64, 0.95e9), (90, 1.5e9)):
+    for side, limit in ((64, 1.2e9), (90, 1.7e9)):
         peak = decode_bytes((128, 256, 512, 512), side, side, 2)
         assert 2 * 128 * (16 * side) ** 2 * 2 < peak < limit
 
