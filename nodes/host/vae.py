@@ -24,8 +24,8 @@ from .recovery import CLOSE_OTHERS, with_recovery
 # Peak bytes per image token and byte of dtype while encoding: that of decoding whole layers, 5.0 GB / 8100
 # tokens / 2 measured at 1440 x 1440 in bf16, and a tenth of reserve; encoding's is about the same.
 _ENCODE_BYTES = 340_000
-# Of decoding in strips the peak is known; this much of it is for the allocator's rounding.
-_DECODE_RESERVE = 1.05
+# Of decoding in strips the peak is known; the allocator takes up to so much more for it, in gaps.
+_DECODE_RESERVE = 1.3
 # Where not even the VAE alone on the GPU has room for the picture: 512 pixels of it at once, of which the
 # outer 128 are blended. ComfyUI's own tiles are for VAEs of 8 pixels; here they would be 1024 pixels wide.
 _TILE, _OVERLAP = 32, 8

@@ -75,8 +75,9 @@ class Card:
         return comfy.decode(result, self.vae).cpu()
 
     def clear(self) -> None:
-        """What an unload request does."""
+        """What an unload request does; cast buffers ComfyUI gives back after every node."""
         self.comfy.management.unload_all_models()
+        self.comfy.management.reset_cast_buffers()
         gc.collect()
         torch.cuda.empty_cache()
 
