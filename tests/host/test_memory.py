@@ -280,4 +280,4 @@ def test_decoding_is_estimated_by_its_own_arithmetic(tiny):
         need = estimate((batch, 128, 64, 48), torch.bfloat16)
         assert need == pytest.approx(1.3 * decode_bytes(64, 48, 2), abs=1)
     workspace = 1.3 * (CONV_WORKSPACE + MOMENTS_SCRATCH)  # of a tiny VAE's need the most, in either dtype
-    assert estimate((1, 128, 64, 48), torch.float32) - workspace > 1.5 * (need - workspace)
+    assert estimate((1, 128, 64, 48), torch.float32) - workspace > 1.3 * (need - workspace)
