@@ -23,13 +23,11 @@ from typing import Any
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # as ``python -m lens_core``
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.common import RESULTS, write
-from benchmarks.denoiser import load
-from benchmarks.encoder import CONFIG, random_mxfp4
+from benchmarks.models import ENCODER, VAE, write_models
 from lens_core.config import EncoderOptions
 from lens_core.loading import load_denoiser, load_vae, open_encoder
 from lens_core.memory.plan import Plan
@@ -39,7 +37,6 @@ from lens_core.pipeline import LensPipeline
 from lens_core.quant.policy import NONE
 from lens_core.residence import Residence
 from lens_core.text_encoder import TextEncoder
-from lens_core.tiny.models import random_weights
 from lens_core.vae import LensVAE
 
 DEVICE, DTYPE = torch.device("cuda", 0), torch.bfloat16
@@ -47,21 +44,9 @@ BUDGETS = (6, 8, 10, 12, 16, 24)
 SIZES = {"1024x1024": (1024, 1024), "1440x1440": (1440, 1440)}
 WEIGHTS = {"bf16": NONE, "8-bit": "int8_dynamic", "4-bit": "uint4_sdnq"}
 OFFLOADS = {"resident": "none", "evict": "model", "stream": "stream"}
+DENOISER = "lens_turbo_bf16.safetensors"
 PROMPT = " ".join(f"word{index}" for index in range(24))
 GB = 1e9
-
-
-def write_models(folder: Path) -> None:
-    """Random checkpoints: denoiser in bf16, encoder in MXFP4, VAE in fp32."""
-    generator = torch.Generator(DEVICE).manual_seed(0)
-    state = load(generator).state_dict()
-    save_file({name: value.cpu() for name, value in state.items()}, folder / "lens_turbo_bf16.safetensors")
-    save_file(random_mxfp4(CONFIG, generator), folder / "gpt_oss_20b_mxfp4.safetensors")
-    with torch.device("meta"):
-        vae = LensVAE({}).model
-    weights = {name: value.cpu() for name, value in random_weights(vae, generator).items()}
-    weights |= {"bn.running_mean": torch.zeros(128), "bn.running_var": torch.ones(128)}
-    save_file(weights, folder / "flux2-vae.safetensors")
 
 
 @dataclass
@@ -74,7 +59,7 @@ class Models:
 
     def pipeline(self, mode: str) -> LensPipeline:
         """With the denoiser in a mode."""
-        path = self.folder / "lens_turbo_bf16.safetensors"
+        path = self.folder / DENOISER
         denoiser = load_denoiser(path, DTYPE, quantization=mode, device=DEVICE)
         return LensPipeline(Residence(self.text, denoiser, self.vae, DEVICE), DTYPE, EncoderOptions())
 
@@ -201,10 +186,9 @@ def main() -> None:
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(dir=args.folder) as scratch:
         folder = Path(scratch)
-        write_models(folder)
-        torch.cuda.empty_cache()
-        text = TextEncoder(open_encoder(folder / "gpt_oss_20b_mxfp4.safetensors"), DTYPE)
-        models = Models(text, load_vae(folder / "flux2-vae.safetensors", DTYPE), folder)
+        write_models(folder, folder, folder, DENOISER)
+        text = TextEncoder(open_encoder(folder / ENCODER), DTYPE)
+        models = Models(text, load_vae(folder / VAE, DTYPE), folder)
         for name in args.weights:
             pipeline = models.pipeline(WEIGHTS[name])
             results |= of_weights(pipeline, name)

@@ -22,7 +22,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 sys.path.insert(0, os.environ["COMFYUI_PATH"])
@@ -34,13 +34,12 @@ import comfy.sd
 
 from benchmarks.common import RESULTS, median_ms, write
 from benchmarks.denoiser import TOLERANCE, load, plain_torch
-from benchmarks.encoder import CONFIG, _nvfp4, random_mxfp4
+from benchmarks.encoder import _nvfp4
+from benchmarks.models import write_models
 from lens_core.denoiser import DenoiserRun
 from lens_core.kernels.backend import apart
 from lens_core.ops import sdpa
 from lens_core.sampling import euler, sigmas
-from lens_core.tiny.models import random_weights
-from lens_core.vae import LensVAE
 
 PACK = Path(__file__).parents[1]
 DEVICE = torch.device("cuda")
@@ -62,19 +61,6 @@ def pack() -> SimpleNamespace:
     found["paths"].register_folders()
     graphs = importlib.import_module("lens_pack.lens_core.denoiser").BlockGraphs
     return SimpleNamespace(**found, graphs=graphs)
-
-
-def write_models(folder: Path) -> None:
-    """Random checkpoints: denoiser in bf16, encoder in MXFP4, VAE in fp32."""
-    generator = torch.Generator(DEVICE).manual_seed(0)
-    state = load(generator).state_dict()
-    save_file({name: value.cpu() for name, value in state.items()}, folder / "lens_bf16.safetensors")
-    save_file(random_mxfp4(CONFIG, generator), folder / "gpt_oss_20b_mxfp4.safetensors")
-    with torch.device("meta"):
-        vae = LensVAE({}).model
-    weights = {name: value.cpu() for name, value in random_weights(vae, generator).items()}
-    weights |= {"bn.running_mean": torch.zeros(128), "bn.running_var": torch.ones(128)}
-    save_file(weights, folder / "flux2-vae.safetensors")
 
 
 class Models:
@@ -179,7 +165,7 @@ def main() -> None:
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(dir=args.folder) as scratch:
         folder = Path(scratch)
-        write_models(folder)
+        write_models(folder, folder, folder)
         results["error after four steps"] = check(folder)
         torch.cuda.empty_cache()
         clip = host.clip.load_clip(folder / "gpt_oss_20b_mxfp4.safetensors", remember=False)

@@ -17,25 +17,19 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.common import RESULTS, write
-from benchmarks.memory import write_models
+from benchmarks.models import ENCODER, VAE, write_models
 from scripts.comfy_server import ComfyServer, error_of
 
 FILES = ("lens_turbo_bf16.safetensors", "lens_bf16.safetensors")
 MODES = ("none", "int8_dynamic", "uint4_sdnq")
-# Where ComfyUI looks for each of the files that ``write_models`` writes.
-PLACES = {
-    "lens_turbo_bf16.safetensors": "diffusion_models",
-    "gpt_oss_20b_mxfp4.safetensors": "text_encoders",
-    "flux2-vae.safetensors": "vae",
-}
 
 
 def prompt_of(name: str, mode: str) -> dict[str, Any]:
     """An API prompt with a checkpoint in a mode."""
     nodes: dict[str, tuple[str, dict[str, Any]]] = {
         "model": ("LensModelLoader", {"model_name": name, "dtype": "auto", "quantization": mode}),
-        "encoder": ("LensEncoderLoader", {"encoder_name": "gpt_oss_20b_mxfp4.safetensors"}),
-        "vae": ("LensVAELoader", {"vae_name": "flux2-vae.safetensors"}),
+        "encoder": ("LensEncoderLoader", {"encoder_name": ENCODER}),
+        "vae": ("LensVAELoader", {"vae_name": VAE}),
         "text": ("LensTextEncode", {"clip": ["encoder", 0], "prompt": "a circle", "negative": ""}),
         "size": ("LensEmptyLatent", {"base_resolution": "512", "aspect_ratio": "1:1", "batch_size": 1}),
         "sampler": (
@@ -80,12 +74,11 @@ def main() -> None:
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(dir=args.folder) as scratch:
         models = Path(scratch) / "models"
-        models.mkdir()
-        write_models(models)
-        for name, kind in PLACES.items():
-            (models / kind).mkdir()
-            (models / name).rename(models / kind / name)
-        os.link(*(models / "diffusion_models" / name for name in FILES))
+        folders = [models / kind for kind in ("diffusion_models", "text_encoders", "vae")]
+        for folder in folders:
+            folder.mkdir(parents=True)
+        write_models(*folders, FILES[0])
+        os.link(*(folders[0] / name for name in FILES))
         page = Path(scratch) / "page"
         page.mkdir()
         (page / "index.html").write_text("<html></html>", encoding="utf-8")
