@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +35,17 @@ class Picture:
     def grid(self) -> tuple[int, int]:
         """(h, w) in image tokens."""
         return self.height // PIXELS_PER_TOKEN, self.width // PIXELS_PER_TOKEN
+
+
+def largest_below(height: int, width: int, fits: Callable[[int, int], bool]) -> tuple[int, int] | None:
+    """The largest (height, width) of about this shape, smaller than it, that ``fits``; None if none does."""
+    rows = height // PIXELS_PER_TOKEN
+    for count in range(rows - 1, 0, -1):
+        columns = max(1, round(width / PIXELS_PER_TOKEN * count / rows))
+        size = count * PIXELS_PER_TOKEN, columns * PIXELS_PER_TOKEN
+        if fits(*size):
+            return size
+    return None
 
 
 def encoder_needs(text: TextEncoder, placement: str, tokens: int) -> Component:

@@ -211,8 +211,9 @@ class LensPipeline:
         residence = self.residence
         plan = residence.smaller(picture)
         needed = None if plan is None else plan.peak(residence.components(picture))
+        fitting = residence.what_fits(picture) if plan is not None else ""
         advice = [
-            "a smaller picture",
+            f"a smaller picture ({fitting.removesuffix('.')})" if fitting else "a smaller picture",
             "fewer pictures at a time (--n)",
             "--quant_transformer int8_dynamic or uint4_sdnq",
         ]

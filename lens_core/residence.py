@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+from dataclasses import replace
 
 import torch
 
@@ -12,7 +13,7 @@ from .denoiser_places import DenoiserPlaces
 from .kernels import EAGER_BLOCK, choose_block
 from .memory.layers import OnLayer
 from .memory.plan import BUFFERS, Components, Plan, choose
-from .needs import Picture, denoiser_needs, encoder_needs, vae_needs
+from .needs import Picture, denoiser_needs, encoder_needs, largest_below, vae_needs
 from .quantized import QuantizedLinear
 from .text_encoder import TextEncoder
 from .vae import LensVAE
@@ -75,7 +76,19 @@ class Residence:
         if self.places is None:
             return None
         parts = self.components(picture)
-        return self._told(choose(parts, self.available(), self.offload), parts)
+        plan = choose(parts, self.available(), self.offload, lambda: self.what_fits(picture))
+        return self._told(plan, parts)
+
+    def what_fits(self, picture: Picture) -> str:
+        """The largest picture of this shape that would fit with everything streamed, in words; "" if none."""
+        budget, streamed = self.available(), Plan(0, 0, False, False, False)
+
+        def fits(height: int, width: int) -> bool:
+            smaller = replace(picture, height=height, width=width)
+            return streamed.peak(self.components(smaller)) <= budget
+
+        size = largest_below(picture.height, picture.width, fits)
+        return "" if size is None else f"Pictures of up to {size[1]}x{size[0]} fit."
 
     def smaller(self, picture: Picture) -> Plan | None:
         """The plan after one that did not fit after all: everything streamed."""

@@ -6,7 +6,7 @@ component works, and others may stay. All sizes are bytes on the GPU.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from .recovery import OutOfMemory
@@ -93,13 +93,18 @@ class Plan:
         )
 
 
-def choose(parts: Components, budget: float, offload: str = "auto") -> Plan:
-    """The plan that moves least and fits ``budget`` bytes; raises OutOfMemory if none does."""
+def choose(
+    parts: Components, budget: float, offload: str = "auto", smaller: Callable[[], str] = lambda: ""
+) -> Plan:
+    """The plan that moves least and fits ``budget`` bytes; raises OutOfMemory if none does.
+
+    ``smaller`` says which size of picture would fit, if it is the size.
+    """
     plans = list(_plans(parts, budget, offload))
     for plan in plans:
         if plan.peak(parts) <= budget:
             return plan
-    raise _too_small(parts, min(plans, key=lambda plan: plan.peak(parts)), budget, offload)
+    raise _too_small(parts, min(plans, key=lambda plan: plan.peak(parts)), budget, offload, smaller)
 
 
 def _plans(parts: Components, budget: float, offload: str) -> Iterator[Plan]:
@@ -134,13 +139,15 @@ def _share(count: int, of: int) -> str:
     return f"with {count} of {of} layers resident, others streamed" if count else "streamed"
 
 
-def _too_small(parts: Components, plan: Plan, budget: float, offload: str) -> OutOfMemory:
+def _too_small(
+    parts: Components, plan: Plan, budget: float, offload: str, smaller: Callable[[], str]
+) -> OutOfMemory:
     phase, needed = max(plan.peaks(parts).items(), key=lambda item: item[1])
     advice = [] if offload == "auto" else ["Leave --offload at auto."]
     if phase == "encoding":
         advice.append("Leave --encoder_placement at auto, or encode on the CPU (--encoder_placement cpu).")
     else:
-        advice.append("Draw a smaller picture or fewer at a time (--n 1).")
+        advice.append(smaller() or "Draw a smaller picture or fewer at a time (--n 1).")
     if phase == "sampling":
         advice.append("Quantise the denoiser (--quant_transformer int8_dynamic or uint4_sdnq).")
     return OutOfMemory(

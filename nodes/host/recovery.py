@@ -15,7 +15,9 @@ import comfy.sampler_helpers
 import torch
 from torch import Tensor
 
+from ...lens_core.config import PIXELS_PER_TOKEN
 from ...lens_core.memory.recovery import OutOfMemory, recovering, shortage
+from ...lens_core.needs import largest_below
 from .denoiser import GRAPHS
 from .progress import on_progress
 
@@ -95,8 +97,7 @@ def sample_with_recovery(
         return comfy.sampler_helpers.estimate_memory(patcher, noise.shape, before.conds)[1]
 
     def advice() -> list[str]:
-        height, width = (16 * size for size in noise.shape[-2:])
-        tips = [f"a size below {width}x{height}"]
+        tips = [_smaller_size(model, noise, comfy.model_management.get_free_memory(patcher.load_device))]
         if len(noise) > 1:
             tips.append(f"fewer than {len(noise)} pictures at once")
         if not model.quantized:
@@ -112,6 +113,18 @@ def sample_with_recovery(
         needed=needed,
         release=before.restore,
     )
+
+
+def _smaller_size(model: Any, noise: Tensor, free: float) -> str:
+    """The largest size of this shape and batch whose forward fits in ``free`` bytes, as advice."""
+    height, width = (PIXELS_PER_TOKEN * size for size in noise.shape[-2:])
+
+    def fits(height: int, width: int) -> bool:
+        grid = height // PIXELS_PER_TOKEN, width // PIXELS_PER_TOKEN
+        return model.memory_required([*noise.shape[:2], *grid]) <= free
+
+    size = largest_below(height, width, fits)
+    return f"a size below {width}x{height}" if size is None else f"a size of {size[1]}x{size[0]} or less"
 
 
 class _Before:

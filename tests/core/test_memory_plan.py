@@ -8,6 +8,7 @@ import pytest
 
 from lens_core.memory.plan import Component, Components, Plan, choose
 from lens_core.memory.recovery import OutOfMemory
+from lens_core.needs import largest_below
 
 GB = 10**9
 # Lens in bf16 at 1440 x 1440: 24 encoder layers, 48 blocks with their modulation, the VAE.
@@ -102,3 +103,15 @@ def test_phases_add_up_what_is_there():
     streamed = Plan(0, 0, False, False, False).peaks(PARTS)
     assert streamed["encoding"] == 2 * 477_000_000 + 100_000_000
     assert streamed["sampling"] == 168_000_000 + 72_000_000 + 2 * 113_000_000 + 380_000_000
+
+
+def test_the_size_that_fits_is_told_where_the_size_is_the_matter():
+    with pytest.raises(OutOfMemory, match=r"decoding takes .* Pictures of up to 64x64 fit\."):
+        choose(PARTS, GB, smaller=lambda: "Pictures of up to 64x64 fit.")
+
+
+@pytest.mark.parametrize(
+    ("limit", "size"), [(1e9, (1424, 720)), (500 * 300, (544, 272)), (16 * 16, (16, 16)), (1, None)]
+)
+def test_the_largest_size_below(limit: float, size: tuple[int, int] | None):
+    assert largest_below(1440, 736, lambda height, width: height * width <= limit) == size

@@ -57,7 +57,7 @@ WORDS = {
     "load model": ("while loading Lens-tiny", "quantised already"),
     "load vae": ("while loading flux2_tiny_vae", "--cpu-vae"),
     "encode": ("while encoding the prompt", "placement 'cpu'"),
-    "sample": ("while sampling", "a size below 64x96", "int8_dynamic or uint4_sdnq", "--reserve-vram"),
+    "sample": ("while sampling", "a size of 48x80 or less", "int8_dynamic or uint4_sdnq", "--reserve-vram"),
     "decode": ("while decoding", "VAE Decode (Tiled)", "smaller pictures"),
 }
 
