@@ -60,6 +60,14 @@ class DenoiserRun:
         run._ram = {(model, dtype): bank.to("cpu") for (model, _, dtype), bank in self._banks.items()}
         return run
 
+    def share_modulation(self, denoiser: LensDenoiser, copy: LensDenoiser, device: torch.device) -> None:
+        """What is known of ``denoiser``, for a ``copy`` with the same weights on ``device`` too: its own are
+        not touched for it, and levels are rounded alike whenever its first step is."""
+        here = torch.empty(0, device=device).device  # as tensors say it
+        for (model, _, dtype), bank in list(self._banks.items()):
+            if model is denoiser:
+                self._banks[copy, here, dtype] = bank.to(here)
+
     def rotary(
         self, denoiser: LensDenoiser, grid: tuple[int, int], text_length: int, device: torch.device
     ) -> Tensor:

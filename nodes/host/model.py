@@ -43,6 +43,7 @@ from .reader import host_reader
 from .recovery import CLOSE_OTHERS, sample_with_recovery, with_recovery
 from .residency import patcher_class
 from .run import sample_with_run
+from .several_gpus import own_parents
 
 log = logging.getLogger(__name__)
 _TOKENS_1024 = 64 * 64
@@ -231,6 +232,7 @@ def load_model(
     kinds = comfy.patcher_extension.WrappersMP
     patcher.add_wrapper_with_key(kinds.OUTER_SAMPLE, "lens", sample_with_recovery)
     patcher.add_wrapper_with_key(kinds.SAMPLER_SAMPLE, "lens", sample_with_run)
+    own_parents(patcher)
     # How ComfyUI makes the same model anew for another device; 0: the first of what is returned.
     patcher.cached_patcher_init = (load_model, (path, dtype, mode), 0)
     return patcher, variant

@@ -7,6 +7,7 @@ GPU and then in small tiles, weights quantised on the CPU.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any, TypeVar
 
 import comfy.model_management
@@ -20,6 +21,7 @@ from ...lens_core.memory.recovery import OutOfMemory, recovering, shortage
 from ...lens_core.needs import largest_below
 from .denoiser import GRAPHS
 from .progress import on_progress
+from .several_gpus import copies_of, on_as_many_as_can_be
 
 T = TypeVar("T")
 CLOSE_OTHERS = "closing other programs that use the GPU"
@@ -87,11 +89,10 @@ def sample_with_recovery(
 
     def streamed() -> Any:
         on_progress()(0, len(sigmas) - 1)  # the sampler's own bar shows no step a second time
-        with model.streaming():
+        with ExitStack() as streaming:
+            for each in (patcher, *copies_of(patcher)):
+                streaming.enter_context(each.model.streaming())
             return run()
-
-    if torch.is_grad_enabled():  # a training node: its steps change weights, and cannot be taken again
-        return run()
 
     def needed() -> float:
         return comfy.sampler_helpers.estimate_memory(patcher, noise.shape, before.conds)[1]
@@ -104,15 +105,18 @@ def sample_with_recovery(
             tips.append("LensModelLoader's quantization int8_dynamic or uint4_sdnq")
         return [*tips, CLOSE_OTHERS, "starting ComfyUI with --reserve-vram 2, which leaves room to spare"]
 
-    return with_recovery(
-        run,
-        streamed,
-        what="while sampling",
-        device=patcher.load_device,
-        advice=advice,
-        needed=needed,
-        release=before.restore,
-    )
+    with on_as_many_as_can_be(patcher):
+        if torch.is_grad_enabled():  # a training node: its steps change weights, and cannot be taken again
+            return run()
+        return with_recovery(
+            run,
+            streamed,
+            what="while sampling",
+            device=patcher.load_device,
+            advice=advice,
+            needed=needed,
+            release=before.restore,
+        )
 
 
 def _smaller_size(model: Any, noise: Tensor, free: float) -> str:

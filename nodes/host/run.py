@@ -13,6 +13,7 @@ from ...lens_core.denoiser import DenoiserRun
 from ...lens_core.denoiser.modulation import modulation_bytes
 from .denoiser import RUN, HostDenoiser
 from .graphs import graphs_of_run, why_not_now
+from .several_gpus import all_done, copies_of
 from .step_cache import cache_of
 
 log = logging.getLogger(__name__)
@@ -22,15 +23,20 @@ def sample_with_run(executor: Any, guider: Any, sigmas: Tensor, extra_args: dict
     """A SAMPLER_SAMPLE wrapper: the run's noise levels are known now, so their modulation is computed now."""
     schedule = sigmas.tolist()
     levels = [level for level in schedule if level > 0]
-    options = extra_args["model_options"]["transformer_options"]
+    model_options = extra_args["model_options"]
+    options = model_options["transformer_options"]
     denoiser = guider.inner_model.diffusion_model
     run = DenoiserRun(levels)
     if isinstance(denoiser, HostDenoiser) and levels:
-        run = _prepared(guider, denoiser, levels, extra_args["model_options"])
+        run = _prepared(guider, denoiser, levels, model_options)
         _make_room(guider, guider.model_patcher, denoiser, rest)
+        for copy in copies_of(guider.model_patcher):
+            network = copy.model.diffusion_model
+            run.share_modulation(denoiser, network, copy.load_device)
+            _make_room(guider, copy, network, rest)
     options[RUN] = run
     run.cache = cache = cache_of(options, schedule)
-    with graphs_of_run(guider.model_patcher, extra_args["model_options"]):
+    with graphs_of_run(guider.model_patcher, model_options), all_done(model_options):
         result = executor(guider, sigmas, extra_args, *rest)
     if cache is not None:
         log.info("Lens: %s.", cache.summary(len(denoiser.blocks)))

@@ -215,9 +215,9 @@ def test_a_training_run_is_not_taken_again(host, management):
     from types import SimpleNamespace
 
     recovery = host.module("nodes.host.recovery")
-    guider = SimpleNamespace(
-        model_patcher=SimpleNamespace(model=None, load_device=torch.device("cpu")), conds={}, model_options={}
-    )
+    patcher = SimpleNamespace(model=None, load_device=torch.device("cpu"))
+    patcher.get_additional_models_with_key = lambda key: []
+    guider = SimpleNamespace(model_patcher=patcher, conds={}, model_options={})
     shortage = Shortage(always)
     executor = type("Executor", (), {"class_obj": guider, "__call__": lambda self, *args: shortage(*args)})()
     with torch.inference_mode(False), torch.enable_grad(), pytest.raises(torch.OutOfMemoryError):
