@@ -209,8 +209,9 @@ def _limited(device: torch.device, gigabytes: float | None) -> float | None:
     """The budget in bytes, which the GPU's allocator now enforces."""
     if gigabytes is None:
         return None
-    total = torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, gigabytes * 1e9 / total), device)
+    number = torch.cuda.current_device() if device.index is None else device.index
+    total = torch.cuda.get_device_properties(number).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, gigabytes * 1e9 / total), number)
     return gigabytes * 1e9
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from lens_core import cli
 from lens_core.pipeline import LensPipeline
@@ -54,6 +56,21 @@ def test_refused(tiny_folder: Path, capsys: pytest.CaptureFixture[str], flags: t
     arguments = ("generate", "--repo_id", tiny_folder, *PICTURE, *flags)
     assert cli.main([str(argument) for argument in arguments]) == 2
     assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("device", "number"), [("cuda", 3), ("cuda:1", 1)])
+@pytest.mark.parametrize(("budget", "share"), [(8.0, 0.4), (40.0, 1.0), (None, None)])
+def test_a_budget_is_enforced(
+    monkeypatch, device: str, number: int, budget: float | None, share: float | None
+):
+    """On the GPU that is used, by its number: PyTorch takes no device without one here."""
+    limits: dict[int, float] = {}
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=20e9))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda f, n: limits.update({n: f}))
+    bytes_ = cli._limited(torch.device(device), budget)
+    assert bytes_ == (None if budget is None else budget * 1e9)
+    assert limits == ({} if share is None else {number: share})
 
 
 def test_the_help_says_what_each_does(capsys: pytest.CaptureFixture[str]):
