@@ -139,17 +139,7 @@ def generate(args: argparse.Namespace) -> list[Path]:
     seed = secrets.randbelow(2**32) if args.seed is None else args.seed
     prompts = [prompt.strip() for prompt in args.prompt.split("|")]
     device = torch.device(args.device)
-    with tqdm(desc="Loading", unit="tensor", leave=False, disable=None) as bar:
-        pipeline = LensPipeline.from_folder(
-            args.repo_id,
-            device,
-            dtype,
-            _count(bar),
-            options,
-            args.quant_transformer,
-            args.offload,
-            _limited(device, args.vram_budget),
-        )
+    pipeline = _load(args, device, dtype, options)
     pipeline.attention, pipeline.graphs = attention, BlockGraphs() if args.cuda_graphs else None
     noise = pipeline.noise(seed, len(prompts) * args.n, size)
     paths = []
@@ -193,6 +183,16 @@ def generate(args: argparse.Namespace) -> list[Path]:
     if pipeline.graphs is not None:
         log.info("CUDA graphs: %s.", pipeline.graphs.report(dict.fromkeys(pipeline.graphs.runs, 0)))
     return paths
+
+
+def _load(
+    args: argparse.Namespace, device: torch.device, dtype: torch.dtype, options: EncoderOptions
+) -> LensPipeline:
+    with tqdm(desc="Loading", unit="tensor", leave=False, disable=None) as bar:
+        budget = _limited(device, args.vram_budget)
+        return LensPipeline.from_folder(
+            args.repo_id, device, dtype, _count(bar), options, args.quant_transformer, args.offload, budget
+        )
 
 
 def _count(bar: tqdm) -> OnStep:

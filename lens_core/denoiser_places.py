@@ -17,7 +17,6 @@ from .config import is_modulation
 from .denoiser import LensDenoiser
 from .denoiser.block import LensBlock
 from .memory.in_place import InPlaceStore
-from .memory.layers import OnLayer
 from .quantized import QuantizedLinear
 
 
@@ -44,13 +43,11 @@ class DenoiserPlaces:
         """Bytes on the GPU between runs."""
         return sum(store.loaded for store in self.stores)
 
-    def load(
-        self, device: torch.device, blocks: int, modulation: bool, on_layer: OnLayer | None = None
-    ) -> None:
+    def load(self, device: torch.device, blocks: int, modulation: bool) -> None:
         """Make this many blocks resident, and the modulation or not; what is beyond leaves."""
         wanted = (1, blocks, len(self._blocks) if modulation else 0)
         for store, count in zip(self.stores, wanted, strict=True):
-            store.keep(device, count, on_layer if store is self.steps else None)
+            store.keep(device, count)
 
     def unload(self) -> None:
         """Leave the GPU; the masters never left RAM, so nothing is copied."""
@@ -59,15 +56,16 @@ class DenoiserPlaces:
 
     def ready(self, device: torch.device) -> Sequence[LensBlock]:
         """The blocks for a step, each valid until the next is asked for."""
-        if self.steps.device is None or self.steps.whole:
-            return self._blocks
-        return _Visits(self._blocks, self.steps, device, range(len(self._blocks)))
+        return self._visiting(self.steps, device)
 
     def modulators(self, device: torch.device) -> Sequence[LensBlock]:
         """The blocks for their modulation."""
-        if self.modulation.device is None or self.modulation.whole:
+        return self._visiting(self.modulation, device)
+
+    def _visiting(self, store: InPlaceStore, device: torch.device) -> Sequence[LensBlock]:
+        if store.device is None or store.whole:
             return self._blocks
-        return _Visits(self._blocks, self.modulation, device, range(len(self._blocks)))
+        return _Visits(self._blocks, store, device, range(len(self._blocks)))
 
 
 class _Visits(Sequence[LensBlock]):

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 import torch
 
 from .config import PIXELS_PER_TOKEN, DenoiserConfig, is_modulation
+from .denoiser import LensDenoiser
+from .kernels import EAGER_BLOCK, choose_block
 from .memory.estimate import denoiser_bytes, encoder_bytes
-from .memory.plan import BUFFERS, Component
+from .memory.plan import BUFFERS, Component, Components
 from .text_encoder import TextEncoder
 from .vae import LensVAE
 
@@ -93,6 +95,32 @@ def denoiser_needs(
         levels=picture.levels,
     )
     return Component(tuple(steps), rest, working + _LIBRARIES, tuple(modulation))
+
+
+def picture_needs(
+    text: TextEncoder,
+    placement: str,
+    denoiser: LensDenoiser,
+    vae: LensVAE,
+    picture: Picture,
+    device: torch.device,
+    dtype: torch.dtype,
+    quantized: bool,
+) -> Components:
+    """All three models for a picture that is computed on ``device``, by the denoiser in ``dtype``."""
+    kernels = choose_block(device, dtype, denoiser.config.attention_head_dim)
+    return Components(
+        encoder_needs(text, placement, picture.text_tokens),
+        denoiser_needs(
+            {name: tensor.nbytes for name, tensor in denoiser.state_dict().items()},
+            denoiser.config,
+            picture,
+            dtype.itemsize,
+            fused=kernels is not EAGER_BLOCK,
+            quantized=quantized,
+        ),
+        vae_needs(vae, picture, device),
+    )
 
 
 def vae_needs(vae: LensVAE, picture: Picture, device: torch.device) -> Component:

@@ -10,10 +10,8 @@ import torch
 
 from .denoiser import LensDenoiser
 from .denoiser_places import DenoiserPlaces
-from .kernels import EAGER_BLOCK, choose_block
-from .memory.layers import OnLayer
 from .memory.plan import BUFFERS, Components, Plan, choose
-from .needs import Picture, denoiser_needs, encoder_needs, largest_below, vae_needs
+from .needs import Picture, largest_below, picture_needs
 from .quantized import QuantizedLinear
 from .text_encoder import TextEncoder
 from .vae import LensVAE
@@ -49,19 +47,10 @@ class Residence:
     def components(self, picture: Picture) -> Components:
         """Sizes of everything for a picture."""
         denoiser = self.denoiser
-        weight = denoiser.proj_out.weight
-        kernels = choose_block(self.device, weight.dtype, denoiser.config.attention_head_dim)
-        return Components(
-            encoder_needs(self.text, self.placement, picture.text_tokens),
-            denoiser_needs(
-                {name: tensor.nbytes for name, tensor in denoiser.state_dict().items()},
-                denoiser.config,
-                picture,
-                weight.element_size(),
-                fused=kernels is not EAGER_BLOCK,
-                quantized=any(isinstance(layer, QuantizedLinear) for layer in denoiser.modules()),
-            ),
-            vae_needs(self.vae, picture, self.device),
+        quantized = any(isinstance(layer, QuantizedLinear) for layer in denoiser.modules())
+        dtype = denoiser.proj_out.weight.dtype
+        return picture_needs(
+            self.text, self.placement, denoiser, self.vae, picture, self.device, dtype, quantized
         )
 
     def available(self) -> float:
@@ -103,14 +92,14 @@ class Residence:
         self.last = plan
         return plan
 
-    def for_encoding(self, plan: Plan | None, on_layer: OnLayer | None = None) -> torch.device:
+    def for_encoding(self, plan: Plan | None) -> torch.device:
         """Ready to encode; where to do that."""
         if plan is None or self.places is None or self.placement == "cpu":
             return torch.device("cpu") if self.placement == "cpu" else self.device
         if not plan.keep_encoder:
             self.places.unload()
             self.vae.to("cpu")
-        self.text.load(self.device, self._encoder_budget(plan), on_layer)
+        self.text.load(self.device, self._encoder_budget(plan))
         return self.device
 
     def _encoder_budget(self, plan: Plan) -> float:
@@ -121,14 +110,14 @@ class Residence:
             return float("inf")
         return sum(sizes[: plan.encoder_layers]) + BUFFERS * max(sizes)
 
-    def for_sampling(self, plan: Plan | None, on_layer: OnLayer | None = None) -> None:
+    def for_sampling(self, plan: Plan | None) -> None:
         """Ready to sample."""
         if plan is None or self.places is None:
             return
         if not plan.keep_encoder:
             self._leave_encoder()
         self.vae.to(self.device)
-        self.places.load(self.device, plan.denoiser_layers, plan.modulation, on_layer)
+        self.places.load(self.device, plan.denoiser_layers, plan.modulation)
 
     def for_decoding(self, plan: Plan | None) -> None:
         """Ready to decode."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .layers import LOCKED_A_LOAD, LayerStore, OnLayer
+from .layers import LOCKED_A_LOAD, LayerStore
 
 
 class Seats(nn.Module):
@@ -51,14 +51,14 @@ class InPlaceStore(LayerStore):
     masters: Sequence[Seats]
 
     def __init__(self, layers: Sequence[Iterable[nn.Module]]) -> None:
-        super().__init__([Seats(modules) for modules in layers], lambda: nn.Module())
+        super().__init__([Seats(modules) for modules in layers], nn.Module)
 
     @property
     def whole(self) -> bool:
         """Whether every layer is on the GPU."""
         return len(self._resident) == len(self.masters)
 
-    def keep(self, device: torch.device, count: int, on_layer: OnLayer | None = None) -> None:
+    def keep(self, device: torch.device, count: int) -> None:
         """Have exactly the first ``count`` layers on the GPU."""
         device, self._to_lock = self._moved_to(device), LOCKED_A_LOAD
         for index in sorted(self._resident, reverse=True)[: max(0, len(self._resident) - count)]:
@@ -66,8 +66,6 @@ class InPlaceStore(LayerStore):
         for index in range(count):
             if index not in self._resident:
                 self._place(index, device)
-            if on_layer is not None:
-                on_layer(index + 1, count)
 
     def visits(self, device: torch.device, indices: Sequence[int]) -> Iterator[int]:
         """Of these layers, in order: each is ready on ``device`` until the next is asked for."""

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 from .flat import Layout, assign
 from .pinned import available_ram, pinned
+from .plan import BUFFERS
 
 log = logging.getLogger(__name__)
 
 OnLayer = Callable[[int, int], None]
 # RAM that page-locked copies leave to everything else.
 _RAM_RESERVE = 4 << 30
-_BUFFERS = 2
 # Of layers that come back, so many bytes are page-locked in one load: it takes about 0.8 s a GB.
 LOCKED_A_LOAD = 2 << 30
 # Where the masters lie.
@@ -69,7 +69,7 @@ class LayerStore:
     def buffers(self) -> int:
         """Bytes that a run takes beside the resident layers."""
         streamed = [layout.size for i, layout in enumerate(self.layouts) if i not in self._resident]
-        return min(_BUFFERS, len(streamed)) * max(streamed, default=0)
+        return min(BUFFERS, len(streamed)) * max(streamed, default=0)
 
     def load(self, device: torch.device, budget: float, on_layer: OnLayer | None = None) -> int:
         """Make layers resident, first ones first, until ``budget`` bytes are used; returns bytes added.
@@ -120,7 +120,7 @@ class LayerStore:
     def _fitting(self, budget: float) -> range:
         if self.total <= budget:
             return range(len(self.masters))
-        budget -= _BUFFERS * max(layout.size for layout in self.layouts)
+        budget -= BUFFERS * max(layout.size for layout in self.layouts)
         count = 0
         while count < len(self.sizes) and sum(self.sizes[: count + 1]) <= budget:
             count += 1
@@ -203,19 +203,19 @@ class _Stream:
         if order:
             size = max(store.layouts[index].size for index in order)
             self.shell = store.skeleton()
-            self.flats = [torch.empty(size, dtype=torch.uint8, device=device) for _ in order[:_BUFFERS]]
+            self.flats = [torch.empty(size, dtype=torch.uint8, device=device) for _ in order[:BUFFERS]]
 
     def take(self, index: int) -> nn.Module:
         """The layer, once its bytes are there; the layer taken before has been issued by now."""
         position = self.order.index(index)
-        while self.started < min(position + _BUFFERS, len(self.order)):
+        while self.started < min(position + BUFFERS, len(self.order)):
             self._start(self.started)
             self.started += 1
         if self.side is not None:
             torch.cuda.current_stream(self.device).wait_event(self.copied.pop(position))
         self._leave()
         self.seated = index
-        views = self.store.layouts[index].views(self.flats[position % _BUFFERS])
+        views = self.store.layouts[index].views(self.flats[position % BUFFERS])
         return self.store._seated(index, views, lambda: self.shell)
 
     def _leave(self) -> None:
@@ -223,7 +223,7 @@ class _Stream:
             self.store._left(self.seated)
 
     def _start(self, position: int) -> None:
-        flat = self.flats[position % _BUFFERS]
+        flat = self.flats[position % BUFFERS]
         if self.side is None:
             self.store.copy(self.order[position], flat)
             return

@@ -9,10 +9,9 @@ import comfy.model_management
 
 from ...lens_core.config import PIXELS_PER_TOKEN
 from ...lens_core.errors import SettingError
-from ...lens_core.kernels import EAGER_BLOCK, choose_block
 from ...lens_core.memory.plan import Components, Plan, choose
 from ...lens_core.memory.recovery import OutOfMemory
-from ...lens_core.needs import Picture, denoiser_needs, encoder_needs, vae_needs
+from ...lens_core.needs import Picture, picture_needs
 from .clip import LensClip
 from .model import LensModel
 from .quantized import free_for_models
@@ -56,19 +55,15 @@ def components(model: Any, clip: Any, vae: Any, picture: Picture) -> Components:
                 "LensVAELoader; of other loaders' models the memory is not known."
             )
     network, encoder = model.model, clip.cond_stage_model
-    dtype, denoiser = network.get_dtype_inference(), network.diffusion_model
-    kernels = choose_block(model.load_device, dtype, denoiser.config.attention_head_dim)
-    return Components(
-        encoder_needs(encoder.text, encoder.placement, picture.text_tokens),
-        denoiser_needs(
-            {name: tensor.nbytes for name, tensor in denoiser.state_dict().items()},
-            denoiser.config,
-            picture,
-            dtype.itemsize,
-            fused=kernels is not EAGER_BLOCK,
-            quantized=network.quantized,
-        ),
-        vae_needs(vae.first_stage_model, picture, vae.device),
+    return picture_needs(
+        encoder.text,
+        encoder.placement,
+        network.diffusion_model,
+        vae.first_stage_model,
+        picture,
+        model.load_device,
+        network.get_dtype_inference(),
+        network.quantized,
     )
 
 

@@ -256,3 +256,14 @@ def stock_clip(host: Host, tiny_models: Path) -> Any:
     from tests.host.helpers import comfyui_weights
 
     return load_stock_clip(comfyui_weights(tiny_models / "text_encoders" / "gpt_oss_tiny_mxfp4.safetensors"))
+
+
+@pytest.fixture
+def management(host, tiny):
+    """ComfyUI's memory manager, with no model loaded before and after."""
+    import comfy.model_management
+
+    comfy.model_management.unload_all_models()
+    yield comfy.model_management
+    comfy.model_management.interrupt_current_processing(False)
+    comfy.model_management.unload_all_models()

@@ -17,16 +17,6 @@ SIZES = re.compile(r"\d+\.\d\d GB are needed, \d+\.\d\d GB are free")
 
 
 @pytest.fixture
-def management(host, tiny):
-    import comfy.model_management
-
-    comfy.model_management.unload_all_models()
-    yield comfy.model_management
-    comfy.model_management.interrupt_current_processing(False)
-    comfy.model_management.unload_all_models()
-
-
-@pytest.fixture
 def short(host, tiny, monkeypatch):
     """Makes a stage run short of memory."""
     return shorten(host, tiny, monkeypatch)

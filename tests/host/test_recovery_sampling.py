@@ -16,16 +16,6 @@ EMPTY = {"samples": torch.zeros(1, 128, 6, 4)}
 
 
 @pytest.fixture
-def management(host, tiny):
-    import comfy.model_management
-
-    comfy.model_management.unload_all_models()
-    yield comfy.model_management
-    comfy.model_management.interrupt_current_processing(False)
-    comfy.model_management.unload_all_models()
-
-
-@pytest.fixture
 def short(host, tiny, monkeypatch):
     """Makes a stage run short of memory."""
     return shorten(host, tiny, monkeypatch)

@@ -13,16 +13,6 @@ LAYERS = 24
 
 
 @pytest.fixture
-def management(host, tiny):
-    import comfy.model_management
-
-    comfy.model_management.unload_all_models()
-    yield comfy.model_management
-    comfy.model_management.interrupt_current_processing(False)
-    comfy.model_management.unload_all_models()
-
-
-@pytest.fixture
 def load(host):
     """Loads an encoder of the test's own, features not kept on disk."""
 
