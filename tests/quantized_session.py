@@ -45,7 +45,7 @@ class Session:
             prompt["lora"] = {"class_type": "LoraLoaderModelOnly", "inputs": inputs}
             prompt["sampler"]["inputs"]["model"] = ["lora", 0]
         entry = self.server.wait(self.server.queue(prompt))
-        assert error_of(entry) is None, error_of(entry)
+        assert error_of(entry) is None, str(error_of(entry))
         (path,) = self.server.images(entry)
         return np.asarray(Image.open(path)).astype(np.int16)
 

@@ -140,11 +140,22 @@ def _parts(weight: Tensor) -> Sequence[Tensor]:
     return [getattr(weight, name) for name in weight.__tensor_flatten__()[0]]
 
 
+def can_record() -> bool:
+    """Whether memory comes from PyTorch's own allocator.
+
+    CUDA's asynchronous one makes memory part of the graph: Triton takes no pointer to it, and one allocation
+    that outlives a failed recording ends the process.
+    """
+    return torch.cuda.get_allocator_backend() == "native"
+
+
 def why_not(weights: Sequence[Tensor], streams: Sequence[Tensor], shared: Shared) -> str | None:
     """Why blocks with these weights cannot be recorded, in words; None where they can."""
     device = streams[0].device
     if device.type != "cuda":
         return f"the model computes on the {device.type.upper()}"
+    if not can_record():
+        return "CUDA's asynchronous allocator is in use"
     if torch.is_grad_enabled() and any(x.requires_grad for x in (*streams, *weights)):
         return "gradients are asked for"
     if shared.attention is not None or shared.mask is not None:

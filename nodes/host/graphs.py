@@ -10,6 +10,7 @@ from typing import Any
 import comfy.model_management
 import torch
 
+from ...lens_core.denoiser.graph import can_record
 from ...lens_core.denoiser.modulation import modulation_bytes
 from .attention import host_attention
 from .denoiser import GRAPHS
@@ -22,6 +23,11 @@ def why_never(model: Any) -> str | None:
     device = model.load_device
     if device.type != "cuda" or torch.version.hip is not None:
         return "they are for NVIDIA GPUs"
+    if not can_record():
+        return (
+            "ComfyUI runs with CUDA's asynchronous allocator, in which they cannot be recorded; "
+            "start it with --disable-cuda-malloc to have them"
+        )
     if host_attention(model.model_options["transformer_options"]) is not None:
         return "they take Lens' own attention alone, and another was chosen"
     management = comfy.model_management

@@ -31,6 +31,14 @@ _DECODE_RESERVE = 1.3
 _TILE, _OVERLAP = 32, 8
 
 
+class _WholePatcher(comfy.model_patcher.ModelPatcher):
+    """Loads all weights or none: its layers are plain torch's, which cannot fetch theirs as they run. ComfyUI
+    asks for none with --novram, and would leave the VAE where the latents are not."""
+
+    def load(self, device_to=None, lowvram_model_memory=0, force_patch_weights=False, full_load=False):
+        super().load(device_to, lowvram_model_memory, force_patch_weights, full_load=True)
+
+
 class LensHostVAE(comfy.sd.VAE):
     """comfy.sd.VAE over lens_core's module; latents are packed and normalised, [B, 128, h, w]."""
 
@@ -51,7 +59,7 @@ class LensHostVAE(comfy.sd.VAE):
         self.audio_sample_rate = 44100  # read by generic nodes, of no meaning here
         # Its convolutions are plain torch modules, which ComfyUI moves as a whole.
         self.disable_offload = True
-        self.patcher = comfy.model_patcher.ModelPatcher(
+        self.patcher = _WholePatcher(
             module, load_device=device, offload_device=management.vae_offload_device()
         )
         self.model_size()

@@ -68,6 +68,12 @@ def test_why_not(weights: list, streams: list, changed: dict[str, Any], reason: 
         assert module.why_not(weights, streams, shared_with(**changed)) == reason
 
 
+def test_why_not_with_the_asynchronous_allocator(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: "cudaMallocAsync")
+    reason = module.why_not([on(CUDA)], [on(CUDA)], shared_with())
+    assert reason == "CUDA's asynchronous allocator is in use"
+
+
 def test_a_parameter_needs_no_gradient_where_none_are_gathered():
     assert module.why_not([on(CUDA, True)], [on(CUDA)], shared_with()) is None
 

@@ -94,7 +94,7 @@ def test_server_draws_at_full_size(full_models: Path, tmp_path: Path, arguments:
             set_input(prompt, "LensSampler", seed=seed)
             set_input(prompt, "LensTextEncode", prompt=text)
             entry = server.wait(server.queue(prompt, workflow))
-            assert error_of(entry) is None, error_of(entry)
+            assert error_of(entry) is None, str(error_of(entry))
             pictures += [np.asarray(Image.open(path)) for path in server.images(entry)]
         print(server.log.read_text(errors="replace")[-6000:])
         print(json.dumps(server.get("/api/system_stats")["devices"], indent=1))

@@ -14,7 +14,7 @@ from lens_core.config import is_modulation
 from tests.gpu.conftest import allocated
 
 PACK = Path(__file__).parents[2]
-ROUNDS = 100
+WARM, ROUNDS = 10, 100
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda", 0)
 
@@ -45,8 +45,10 @@ def test_another_models_load_evicts_the_encoder(comfy, clip, monkeypatch: pytest
     some, most = (other_model(comfy, size << 30) for size in (8, 13))
     free = comfy.management.get_free_memory(CUDA)
     monkeypatch.setattr(comfy.management, "EXTRA_RESERVED_VRAM", free - (15 << 30))
+    want = encode(clip)  # the first products take their workspace, which stays
+    comfy.management.free_memory(1e30, CUDA)
     before = allocated()
-    want = encode(clip)
+    assert torch.equal(encode(clip), want)
     for _ in range(3):
         assert clip.patcher.loaded_size() == clip.patcher.model_size()
         comfy.management.load_models_gpu([some])
@@ -86,7 +88,8 @@ def test_placements(comfy, full_models: Path, clip, placement: str):
 
 
 def test_a_hundred_rounds_leave_nothing_behind(comfy, clip):
-    """Load, encode, evict: neither memory grows by more than 1 % once all is warm."""
+    """Load, encode, evict: neither memory grows by more than 1 % once all is warm: 2 GB of the layers are
+    page-locked in each of the first loads, until all that fits beside the mapped file are."""
     process = psutil.Process()
     seen = []
     for _ in range(ROUNDS):
@@ -95,8 +98,8 @@ def test_a_hundred_rounds_leave_nothing_behind(comfy, clip):
         comfy.management.soft_empty_cache()
         assert clip.patcher.loaded_size() == 0
         seen.append((allocated(), torch.cuda.memory_reserved(CUDA), process.memory_info().rss))
-    for name, first, last in zip(("allocated", "reserved", "RSS"), seen[4], seen[-1], strict=True):
-        print(f"{name}: {first / 1e6:.1f} MB after round 5, {last / 1e6:.1f} MB after round {ROUNDS}")
+    for name, first, last in zip(("allocated", "reserved", "RSS"), seen[WARM - 1], seen[-1], strict=True):
+        print(f"{name}: {first / 1e6:.1f} MB after round {WARM}, {last / 1e6:.1f} MB after round {ROUNDS}")
         assert last <= 1.01 * first
 
 

@@ -8,12 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from scripts.comfy_server import ComfyServer, error_of
 
-pytestmark = pytest.mark.gpu
 MODELS = {
     "model__model_name": "lens_turbo_bf16.safetensors",
     "encoder__encoder_name": "gpt_oss_20b_mxfp4.safetensors",
@@ -37,7 +35,7 @@ def draw(full_models: Path, tmp_path: Path, picture_prompt: Any) -> Callable[...
                 if number and change is not None:
                     change(prompt)
                 entry = server.wait(server.queue(prompt))
-                assert error_of(entry) is None, error_of(entry)
+                assert error_of(entry) is None, str(error_of(entry))
                 (path,) = server.images(entry)
                 pictures.append(np.asarray(Image.open(path)).astype(np.int16))
             log = server.log.read_text(errors="replace").partition("got prompt")[2]
@@ -48,6 +46,7 @@ def draw(full_models: Path, tmp_path: Path, picture_prompt: Any) -> Callable[...
     return run
 
 
+@pytest.mark.gpu
 def test_start_flags_do_not_change_the_picture(draw):
     (want, again) = draw()
     assert np.array_equal(want, again) and want.std() > 5
@@ -56,7 +55,7 @@ def test_start_flags_do_not_change_the_picture(draw):
             assert np.array_equal(picture, want), arguments
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+@pytest.mark.two_gpus
 def test_prompt_and_negative_on_two_gpus(draw):
     """ComfyUI's MultiGPU node evaluates them at the same time, each on its GPU: the same picture."""
 

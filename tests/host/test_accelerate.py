@@ -342,6 +342,12 @@ def test_graphs_are_for_nvidia(card, monkeypatch):
     assert card(1 << 40) == "they are for NVIDIA GPUs"
 
 
+def test_graphs_are_for_pytorchs_own_allocator(card, monkeypatch):
+    assert card(1 << 40) is None
+    monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: "cudaMallocAsync")
+    assert "start it with --disable-cuda-malloc" in card(1 << 40)
+
+
 def test_graphs_take_lens_own_attention_alone(card, monkeypatch):
     from comfy.ldm.modules import attention
 

@@ -76,6 +76,13 @@ def test_smaller_tiles_fit_together(host, tiny):
     assert correlation(tiled["samples"], encoded["samples"]) > 0.9
 
 
+def test_all_of_it_is_loaded_however_little_is_asked_for(host, tiny_folder):
+    """ComfyUI asks for a tenth of a byte with --novram; layers of plain torch would stay behind."""
+    vae = host.module("nodes.host.vae").load_host_vae(tiny_folder)
+    vae.patcher.partially_load(torch.device("cpu"), 0.1)
+    assert vae.patcher.loaded_size() == vae.patcher.model_size()
+
+
 def test_out_of_memory_falls_back_to_tiles(host, tiny, latent, monkeypatch):
     """ComfyUI's VAE retries in tiles; a picture that fits into one is the same one."""
     (want,) = host.run("LensVAEDecode", latent=latent, vae=tiny.vae)
