@@ -76,7 +76,7 @@ def test_example_workflow_is_well_formed(server: ComfyServer, path: Path):
 
 
 def test_swapping_the_checkpoint_runs_what_it_changes_alone(server: ComfyServer, picture_prompt):
-    """The wired sampler takes the checkpoint's own steps; encoder, VAE and the encoded prompt are used again."""
+    """The wired sampler takes the checkpoint's own steps; encoder, VAE and encoded prompt are used again."""
     server.free()
     kept = {"encoder", "vae", "text", "size"}
     settings = {"sampler__steps": ["model", 1], "sampler__cfg": ["model", 2]}
