@@ -42,8 +42,13 @@ def download(args: argparse.Namespace) -> Iterator[str]:
             "Say what to fetch and where to, e.g. download lens-turbo --to ComfyUI/models. "
             "--list shows all names."
         )
+    for name in ("httpx", "httpx2"):
+        # huggingface_hub's client reports each request.
+        logging.getLogger(name).setLevel(logging.WARNING)
     downloads = Downloads(args.to, verify=args.verify, overwrite=args.overwrite)
     wanted = downloads.plan(sources_of(args.names))
+    if not wanted:
+        return
     yield from _plan(wanted, args.to)
     downloads.check_room(wanted)
     try:

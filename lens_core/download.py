@@ -72,7 +72,8 @@ class Downloads:
             if one.missing:
                 wanted.append(one)
             else:
-                log.info("%s is there already: %s", source.what, self.models / mirror.place)
+                checked = "there and right" if self.verify else "there already"
+                log.info("%s is %s: %s", source.what, checked, self.models / mirror.place)
         return wanted
 
     def check_room(self, wanted: Sequence[Wanted]) -> None:
@@ -136,7 +137,9 @@ class Downloads:
             if not (staged.is_file() and staged.stat().st_size == file.size and not _wrong(staged, file)):
                 self._fetch_file(offer, file, staged)
         place = offer.mirror.place
-        _move(self._staging(place) / place, self.models / place)
+        gathered = self._staging(place) / place
+        _clear(gathered, {self._staged(file) for file in files})
+        _move(gathered, self.models / place)
         return [self.models / file.place for file in files]
 
     def _fetch_file(self, offer: Offer, file: RemoteFile, staged: Path) -> None:
@@ -146,8 +149,6 @@ class Downloads:
             part.unlink()
             raise MirrorFailed(f"{file.path} came with SHA-256 {found}, expected {file.sha256}")
         os.replace(part, staged)
-        for stale in staged.parent.glob(f"{staged.name}.*.part"):
-            stale.unlink()
 
     def _is_there(self, mirror: Mirror) -> bool:
         """Whether all of a mirror's files are here, as far as the table alone tells."""
@@ -222,6 +223,15 @@ def _wrong(path: Path, file: RemoteFile) -> str | None:
             digest.update(chunk)
             bar.update(len(chunk))
     return None if digest.hexdigest() == file.sha256 else digest.hexdigest()
+
+
+def _clear(gathered: Path, keep: set[Path]) -> None:
+    """Delete what other mirrors and earlier versions left beside a component that is whole."""
+    beside = gathered.parent.glob(f"{gathered.name}.*.part")
+    for path in [*beside, *gathered.rglob("*")]:
+        if path.is_file() and path not in keep:
+            path.unlink()
+    _tidy(gathered)
 
 
 def _move(staged: Path, final: Path) -> None:

@@ -286,3 +286,12 @@ def published_as(component: str, name: str) -> str | None:
         if source.component in (component, "folder") and source.mirrors[0].name == wanted:
             return key
     return None
+
+
+def workflow_model(mirror: Mirror) -> dict[str, str]:
+    """A single file as ComfyUI's page wants it in a workflow's ``properties.models``, to offer its link."""
+    entry = {"name": mirror.name, "url": mirror.url}
+    published = PUBLISHED.get(mirror.place)
+    if published and published.sha256:
+        entry |= {"hash": published.sha256, "hash_type": "SHA256"}
+    return entry | {"directory": mirror.directory}

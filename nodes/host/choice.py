@@ -12,7 +12,8 @@ def check_choice(component: str, name: str | None) -> bool | str:
     if name is None:
         return True
     try:
-        path_of(component, name)
+        # A request may hold anything.
+        path_of(component, str(name))
     except CheckpointError as error:
         return str(error)
     return True

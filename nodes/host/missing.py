@@ -5,42 +5,67 @@ Nothing is downloaded from here: the user clicks a link, or runs the command.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import folder_paths
 
-from ...lens_core.sources import LENS_FOLDER, SOURCES, USUAL, published_as
+from ...lens_core.loading import SUBFOLDERS
+from ...lens_core.sources import LENS_FOLDER, SOURCES, USUAL, Source, published_as
 
+# A combo without options would send nothing, and ComfyUI would only say that an input is missing.
+NONE_YET = "none yet: run to see where they are"
 _PACK = Path(__file__).parents[2]
 _SHOWN = 6
+
+
+def or_none_yet(options: list[str]) -> list[str]:
+    """A loader's options; where there are none, one that says so, whose error tells where files are."""
+    return options or [NONE_YET]
 
 
 def what_is_missing(component: str, name: str, offered: Sequence[str]) -> str:
     """The sentences of the error; ``offered`` is what the loader's list has."""
     if key := published_as(component, name):
-        return f"{name} is not there yet. {_where_from(key)}"
+        return f"There is no {_where_from(key)}"
     folders = _folders(SOURCES[USUAL[component]].mirrors[0].directory)
     gone = f"There is no {component} {name!r} in {folders}, nor a folder of that name in models/{LENS_FOLDER}"
-    if not offered:
-        return f"{gone}. {_where_from(USUAL[component])}"
-    more = f" and {len(offered) - _SHOWN} more" if len(offered) > _SHOWN else ""
-    listed = ", ".join(offered[:_SHOWN]) + more
-    return f"{gone}. Choose one of {listed}, or put the file there and press R."
+    there = [option for option in offered if option != NONE_YET]
+    if not there:
+        gone = f"There is no {component} yet" if name == NONE_YET else gone
+        return f"{gone}. The usual one is {_where_from(USUAL[component])}"
+    more = f" and {len(there) - _SHOWN} more" if len(there) > _SHOWN else ""
+    return f"{gone}. Choose one of {', '.join(there[:_SHOWN])}{more}, or put the file there and press R."
 
 
 def _where_from(key: str) -> str:
+    """A component's name, size, links, folder and command."""
     source = SOURCES[key]
     first = source.mirrors[0]
-    links = " or ".join(mirror.url for mirror in source.mirrors if mirror.place == first.place)
-    command = f'python -m lens_core download {key} --to "{folder_paths.models_dir}"'
+    python, models = (
+        f'"{path}"' if " " in path else path for path in (sys.executable, folder_paths.models_dir)
+    )
     return (
-        f"Put {first.name} ({first.gigabytes:.2f} GB, {source.what}) into {_folders(first.directory)}, from "
-        f"{links}. Or run, in {_PACK}: {command}. Then press R."
+        f"{first.name} ({source.what}, {first.gigabytes:.2f} GB): download {_by_hand(source)}, or run, in "
+        f"{_PACK}: {python} -m lens_core download {key} --to {models}. Then press R."
     )
 
 
+def _by_hand(source: Source) -> str:
+    """What to click, and where to put it."""
+    first, *others = [mirror for mirror in source.mirrors if mirror.place == source.mirrors[0].place]
+    folders = _folders(first.directory)
+    if not first.is_folder:
+        same = "".join(f" (or, saved under that name, {mirror.url})" for mirror in others)
+        return f"it from {first.url}{same} into {folders}"
+    parts = "its files" if len(first.paths) > len(SUBFOLDERS) + 1 else ", ".join(first.paths)
+    same = "".join(f" (or {mirror.url})" for mirror in others)
+    return f"{parts} from {first.url}{same} into a folder {first.name} in {folders}"
+
+
 def _folders(directory: str) -> str:
-    """The folders where ComfyUI looks, without those that it keeps for older versions."""
-    roots = folder_paths.get_folder_paths(directory)
-    return " or ".join(dict.fromkeys([root for root in roots if Path(root).name == directory] or roots))
+    """The folders where ComfyUI looks, without those for older versions and for its own output."""
+    roots, output = folder_paths.get_folder_paths(directory), folder_paths.get_output_directory()
+    own = [root for root in roots if Path(root).name == directory and not Path(root).is_relative_to(output)]
+    return " or ".join(dict.fromkeys(own or roots))

@@ -14,7 +14,7 @@ import folder_paths
 
 from ...lens_core.errors import CheckpointError, SettingError
 from ...lens_core.loading import SUBFOLDERS, component_path
-from .missing import what_is_missing
+from .missing import or_none_yet, what_is_missing
 
 _HOST_FOLDER = {"denoiser": "diffusion_models", "encoder": "text_encoders", "vae": "vae"}
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
@@ -33,7 +33,7 @@ def choices(component: str) -> list[str]:
     singles = [name for name in files if not _SHARD.search(name)]
     if component != "vae":
         singles += [name for name in _ggufs(component) if name not in singles]
-    return singles + sorted(_folders(component))
+    return or_none_yet(singles + sorted(_folders(component)))
 
 
 def path_of(component: str, name: str) -> Path:
