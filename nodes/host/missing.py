@@ -11,13 +11,14 @@ from pathlib import Path
 
 import folder_paths
 
-from ...lens_core.loading import SUBFOLDERS
 from ...lens_core.sources import LENS_FOLDER, SOURCES, USUAL, Source, published_as
 
 # A combo without options would send nothing, and ComfyUI would only say that an input is missing.
-NONE_YET = "none yet: run to see where they are"
+NONE_YET = "none yet: run for links"
 _PACK = Path(__file__).parents[2]
 _SHOWN = 6
+# Of diffusion_models and text_encoders.
+_OLD_NAMES = ("unet", "clip")
 
 
 def or_none_yet(options: list[str]) -> list[str]:
@@ -59,13 +60,15 @@ def _by_hand(source: Source) -> str:
     if not first.is_folder:
         same = "".join(f" (or, saved under that name, {mirror.url})" for mirror in others)
         return f"it from {first.url}{same} into {folders}"
-    parts = "its files" if len(first.paths) > len(SUBFOLDERS) + 1 else ", ".join(first.paths)
+    parts = ", ".join(first.paths) if first.paths[0].endswith("/") else "its files"
     same = "".join(f" (or {mirror.url})" for mirror in others)
     return f"{parts} from {first.url}{same} into a folder {first.name} in {folders}"
 
 
 def _folders(directory: str) -> str:
-    """The folders where ComfyUI looks, without those for older versions and for its own output."""
-    roots, output = folder_paths.get_folder_paths(directory), folder_paths.get_output_directory()
-    own = [root for root in roots if Path(root).name == directory and not Path(root).is_relative_to(output)]
-    return " or ".join(dict.fromkeys(own or roots))
+    """The folders where ComfyUI looks, without its output and those of older versions."""
+    aside = [Path(folder_paths.models_dir, name) for name in _OLD_NAMES]
+    aside.append(Path(folder_paths.get_output_directory()))
+    roots = dict.fromkeys(folder_paths.get_folder_paths(directory))
+    own = [root for root in roots if not any(Path(root).is_relative_to(folder) for folder in aside)]
+    return " or ".join(own or roots)

@@ -78,9 +78,16 @@ def test_an_empty_list_has_an_option_that_leads_to_the_usual_file(host, monkeypa
         assert usual.name in said and usual.url in said and "press R" in said
 
 
-def test_folders_of_extra_model_paths_are_named_and_the_output_is_not(host, own_models):
+def test_folders_of_extra_model_paths_are_named_and_those_for_other_things_are_not(host, monkeypatch):
     import folder_paths
 
-    said = check(host, "vae", "flux2-vae.safetensors")
-    assert str(own_models / "vae") in said
-    assert folder_paths.get_output_directory() not in said
+    models, output = folder_paths.models_dir, folder_paths.get_output_directory()
+    roots = [
+        f"{models}/unet",
+        f"{models}/diffusion_models",
+        "/elsewhere/denoisers",
+        f"{output}/diffusion_models",
+    ]
+    monkeypatch.setattr(folder_paths, "get_folder_paths", lambda key: roots)
+    said = check(host, "denoiser", "lens_bf16.safetensors")
+    assert f" into {models}/diffusion_models or /elsewhere/denoisers, or run" in said

@@ -148,17 +148,6 @@ def test_a_missing_file_is_refused_with_its_link_before_anything_runs(
     assert_draws(server, picture_prompt)
 
 
-def test_a_linked_file_name_is_checked_when_it_is_known(
-    server: ComfyServer, picture_prompt: Callable[..., dict]
-):
-    prompt = picture_prompt(vae__vae_name=["name", 0], sampler__seed=13)
-    prompt["name"] = {"class_type": "PrimitiveString", "inputs": {"value": "elsewhere.safetensors"}}
-    error = error_of(server.wait(server.queue(prompt)))
-    assert error is not None and "There is no vae 'elsewhere.safetensors'" in error["exception_message"]
-    prompt["name"]["inputs"]["value"] = "flux2_tiny_vae.safetensors"
-    assert error_of(server.wait(server.queue(prompt))) is None
-
-
 def test_empty_prompt_draws(server: ComfyServer, picture_prompt: Callable[..., dict]):
     entry = server.wait(server.queue(picture_prompt(text__prompt="  ", sampler__seed=11)))
     assert error_of(entry) is None
