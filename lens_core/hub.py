@@ -55,8 +55,8 @@ class Offer:
 
 def offer_of(mirror: Mirror, endpoint: str | None = None) -> Offer:
     """Ask the hub for a mirror's files; ``endpoint`` is its address. Raises MirrorFailed."""
+    api = _huggingface_hub().HfApi(endpoint=endpoint)
     try:
-        api = _huggingface_hub().HfApi(endpoint=endpoint)
         info = api.model_info(mirror.repository, files_metadata=True, timeout=_TIMEOUT)
     except Exception as error:
         raise MirrorFailed(_reason(error)) from error
@@ -131,8 +131,6 @@ def _remote_file(mirror: Mirror, sibling: Any) -> RemoteFile:
 
 def _reason(error: Exception) -> str:
     """One short line about an error of huggingface_hub or of the connection below it."""
-    if isinstance(error, LensError):
-        raise error
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status in _STATUS:
         return _STATUS[status]
