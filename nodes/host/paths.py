@@ -14,6 +14,7 @@ import folder_paths
 
 from ...lens_core.errors import CheckpointError, SettingError
 from ...lens_core.loading import SUBFOLDERS, component_path
+from .missing import or_none_yet, what_is_missing
 
 _HOST_FOLDER = {"denoiser": "diffusion_models", "encoder": "text_encoders", "vae": "vae"}
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
@@ -32,7 +33,7 @@ def choices(component: str) -> list[str]:
     singles = [name for name in files if not _SHARD.search(name)]
     if component != "vae":
         singles += [name for name in _ggufs(component) if name not in singles]
-    return singles + sorted(_folders(component))
+    return or_none_yet(singles + sorted(_folders(component)))
 
 
 def path_of(component: str, name: str) -> Path:
@@ -42,11 +43,7 @@ def path_of(component: str, name: str) -> Path:
         return Path(single)
     folder = _folders(component).get(name)
     if folder is None:
-        raise CheckpointError(
-            f"There is no {component} {name!r}. Expected a file in models/{_HOST_FOLDER[component]} "
-            f"or a Lens folder models/{LENS_FOLDER}/<name> with {SUBFOLDERS[component]}/ in it. "
-            "Press R to refresh the list."
-        )
+        raise CheckpointError(what_is_missing(component, name, choices(component)))
     return folder
 
 
