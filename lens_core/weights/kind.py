@@ -15,7 +15,7 @@ from pathlib import Path
 from ..config import Variant
 from ..errors import CheckpointError
 from .gguf import GgufCheckpoint
-from .keymap import COMPONENTS, belongs
+from .keymap import COMPONENTS, owner
 from .loader import AnyCheckpoint
 from .opening import SUBFOLDERS, open_any, part_of
 from .precision import precision_of
@@ -134,12 +134,12 @@ def _looks(checkpoint: AnyCheckpoint) -> list[_Look]:
     """One for each component of Lens, or one for all of another model."""
     if isinstance(checkpoint, GgufCheckpoint):
         return [_look_of_gguf(checkpoint)]
-    names = list(checkpoint.header)
-    parts = {
-        component: _look_of([name for name in names if belongs(name, component)]) for component in COMPONENTS
-    }
-    own = [look for component, look in parts.items() if look.component == component]
-    return own or [_look_of(names)]
+    owned: dict[str, list[str]] = {name: [] for name in ("", *COMPONENTS)}
+    for name in checkpoint.header:
+        owned[owner(name)].append(name)
+    looks = [(component, _look_of(owned[""] + owned[component])) for component in COMPONENTS]
+    own = [look for component, look in looks if look.component == component]
+    return own or [_look_of(list(checkpoint.header))]
 
 
 def _look_of(names: list[str]) -> _Look:
