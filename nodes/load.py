@@ -36,7 +36,7 @@ class LensModelLoader(io.ComfyNode):
                     options=paths.choices("denoiser"),
                     tooltip=(
                         "A file in models/diffusion_models (lens_bf16, lens_turbo_bf16) or checkpoints, or "
-                        "a Lens folder in models/lens or diffusers. Names tell Turbo and Base apart from Lens."
+                        "a Lens folder in models/lens or diffusers. The name tells Turbo and Base from Lens."
                     ),
                 ),
                 io.Combo.Input(
