@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lens_core.config import LENS, LENS_TURBO, DenoiserConfig, EncoderConfig, Variant
 from lens_core.denoiser import LensDenoiser
 from lens_core.encoder import GptOssEncoder
-from lens_core.errors import CheckpointError
-from lens_core.loading import open_denoiser, open_encoder
+from lens_core.errors import CheckpointError, CheckpointMismatch
+from lens_core.loading import load_denoiser, load_encoder, open_denoiser, open_encoder
 from lens_core.quantize_file import quantize_file
 from lens_core.weights import inspect
 from lens_core.weights.tensor_info import TensorInfo
+from tests import denoiser_quantized as files
 from tests import encoder_files
-from tests.core.denoiser_layouts import LAYOUTS
+from tests.core.denoiser_layouts import LAYOUTS, assert_holds
+from tests.core.test_loading import component, load, same_tensors
 from tests.core.test_wrong_files import OTHER_MODELS
 from tests.sparse_files import write_sparse
 
+__all__ = ["component"]
 DENOISER = "diffusion_models/lens_turbo_tiny_bf16.safetensors"
 MXFP4 = "text_encoders/gpt_oss_tiny_mxfp4.safetensors"
 VAE = "vae/flux2_tiny_vae.safetensors"
@@ -149,6 +154,45 @@ def test_an_all_in_one_file_is_its_parts(tiny_models: Path, tmp_path: Path, pref
     assert {kind.layout for kind in kinds} == {"all-in-one file"}
     assert [kind.quantisation for kind in kinds] == ["BF16", "MXFP4 experts", "F32"]
     assert kinds[0].variant == LENS_TURBO
+
+
+@pytest.mark.parametrize("prefixes", PREFIXES)
+def test_each_loader_takes_its_part_out_of_an_all_in_one_file(
+    tiny_models: Path, tmp_path: Path, component: str, prefixes: tuple[str, str, str]
+):
+    path = all_in_one(tiny_models, tmp_path / "x.safetensors", prefixes)
+    want = load(component, tiny_models / {"denoiser": DENOISER, "encoder": MXFP4, "vae": VAE}[component])
+    assert same_tensors(load(component, path), want)
+    assert load_encoder(path, None)[1].encode("a red"), "the tokenizer is in it too"
+
+
+def test_a_stray_tensor_of_the_own_component_is_still_an_error(
+    tiny_models: Path, tmp_path: Path, component: str
+):
+    path = all_in_one(tiny_models, tmp_path / "x.safetensors", PREFIXES[0])
+    prefix = PREFIXES[0][["denoiser", "encoder", "vae"].index(component)]
+    save_file({**load_file(path), f"{prefix}extra.one": torch.zeros(1)}, path)
+    with pytest.raises(CheckpointMismatch) as caught:
+        load(component, path)
+    assert caught.value.unexpected == [f"{prefix}extra.one"]
+    for other in {"denoiser", "encoder", "vae"} - {component}:
+        load(other, path)
+
+
+def test_a_quantised_denoiser_and_encoder_may_share_a_file(tiny_models: Path, tmp_path: Path):
+    """Each has formats beside its weights, or in the metadata, that mean nothing to the other."""
+    denoiser = tmp_path / "denoiser.safetensors"
+    written = files.write_comfy(denoiser, "mxfp8", prefix=PREFIXES[0][0], in_metadata=True)
+    with safe_open(denoiser, "pt") as file:
+        told = json.loads(file.metadata()["_quantization_metadata"])
+    told["layers"][f"{PREFIXES[0][1]}layers.0.mlp.experts.gate_up_proj"] = {"format": "nvfp4"}
+    nvfp4 = tiny_models / "text_encoders" / "gpt_oss_tiny_nvfp4.safetensors"
+    encoder = {PREFIXES[0][1] + name: tensor for name, tensor in load_file(nvfp4).items()}
+    path = tmp_path / "x.safetensors"
+    save_file({**load_file(denoiser), **encoder}, path, {"_quantization_metadata": json.dumps(told)})
+    assert [kind.quantisation for kind in inspect(path)] == ["mxfp8", "nvfp4 experts"]
+    assert_holds(load_denoiser(path, torch.float32), written)
+    assert same_tensors(load("encoder", path), load("encoder", nvfp4))
 
 
 def test_of_another_models_checkpoint_only_what_is_ours_counts(tiny_models: Path, tmp_path: Path):
