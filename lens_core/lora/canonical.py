@@ -63,7 +63,7 @@ def canonical(
         scale = scaling.scale(layer, kind.rank, sd_scripts)
         if scale is not None and kind.rank is not None:
             result["alpha"] = torch.tensor(scale * kind.rank)
-        elif scale is not None and scaling.peft and "lokr_w1" in result:
+        elif scale is not None and scaling.peft_lokr and "lokr_w1" in result:
             result["lokr_w1"] = result["lokr_w1"].float() * scale
     return result
 

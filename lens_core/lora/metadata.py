@@ -31,8 +31,9 @@ TERMS = 5
 class Scaling(NamedTuple):
     """alpha and rank of all layers and of single ones, and what is computed with them.
 
-    ``sd_scripts_alpha`` counts for that program's own keys alone. ``peft``: LoKr's scale is alpha / rank even
-    where both its factors are whole. ``oft_terms``: terms of the Neumann series, 0 for the inverse itself.
+    ``sd_scripts_alpha`` counts for that program's own keys alone. ``peft_lokr``: the scale is alpha / rank
+    even where both of LoKr's factors are whole. ``oft_terms``: those of the Neumann series, 0 for the
+    inverse itself.
     """
 
     alpha: float | None = None
@@ -41,7 +42,7 @@ class Scaling(NamedTuple):
     ranks: Mapping[str, float] = {}
     sd_scripts_alpha: float | None = None
     square_root: bool = False
-    peft: bool = False
+    peft_lokr: bool = False
     oft_terms: int = TERMS
 
     def scale(self, layer: str, rank: int | None, sd_scripts: bool = False) -> float | None:
@@ -76,7 +77,7 @@ def read_scaling(metadata: Mapping[str, Any]) -> Scaling:
         ranks=_numbers(settings.get("rank_pattern")),
         sd_scripts_alpha=_number(settings.get("ss_network_alpha")),
         square_root=str(settings.get("use_rslora")).lower() in ("true", "1"),
-        peft="peft_type" in settings or str(settings.get("networkType")).lower() == "lokr",
+        peft_lokr="lokr" in (str(settings.get(name)).lower() for name in ("peft_type", "networkType")),
         oft_terms=0 if exact else int(min(terms, 64)) if terms and terms > 0 else TERMS,
     )
 
