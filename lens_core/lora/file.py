@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from ..weights import Checkpoint, open_checkpoint
-from ..weights.detect import describe
+from ..weights.kind import describe
 from ..weights.reader import read_json
 from .canonical import Layer, canonical, check, check_numbers
 from .kinds import Kind, kind_of
