@@ -11,6 +11,7 @@ from .load import LensEncoderLoader, LensModelLoader, LensVAELoader
 from .memory import LensMemoryEstimate
 from .quantize import LensQuantizeModel
 from .sample import LensGuider, LensNoise, LensSampler, LensScheduler
+from .save import LensSaveModel
 from .step_cache import LensStepCache
 
 
@@ -26,6 +27,7 @@ class LensExtension(ComfyExtension):
         return [
             LensModelLoader,
             LensQuantizeModel,
+            LensSaveModel,
             LensAccelerate,
             LensEncoderLoader,
             LensVAELoader,
