@@ -8,6 +8,7 @@ from .encode import LensClearFeatureCache, LensTextEncode
 from .host.paths import register_folders
 from .latent import LensEmptyLatent
 from .load import LensEncoderLoader, LensModelLoader, LensVAELoader
+from .lora import LensLoraLoader
 from .memory import LensMemoryEstimate
 from .quantize import LensQuantizeModel
 from .sample import LensGuider, LensNoise, LensSampler, LensScheduler
@@ -27,6 +28,7 @@ class LensExtension(ComfyExtension):
         return [
             LensModelLoader,
             LensQuantizeModel,
+            LensLoraLoader,
             LensSaveModel,
             LensAccelerate,
             LensEncoderLoader,

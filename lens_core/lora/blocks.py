@@ -1,8 +1,8 @@
 """Strengths of a LoRA by block and stream, as a person writes them: ``0-11: 0.5, 12-47: 1, txt: 0``.
 
 Entries are separated by commas or lines. Each names blocks (``7``, ``0-11``), a stream (``img``, ``txt``),
-both (``txt 0-11``) or every layer (``all``), and a number that the LoRA's strength is multiplied by. Where two
-entries name a layer, the later one counts; a layer that none names keeps 1.
+both (``txt 0-11``) or every layer (``all``), and a number that the LoRA's strength is multiplied by. Where
+two entries name a layer, the later one counts; a layer that none names keeps 1.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ def _parse(entry: str, num_layers: int) -> BlockStrength:
     found = _WHAT.fullmatch(what.strip().lower())
     if found is None or ":" not in entry:
         raise SettingError(
-            f"block_strengths: {entry!r} is not understood. Expected blocks (0-11), img, txt, both (txt 0-11) "
-            f"or all, a colon and a number. {_EXAMPLE}"
+            f"block_strengths: {entry!r} is not understood. Expected blocks (0-11), img, txt, both (txt "
+            f"0-11) or all, a colon and a number. {_EXAMPLE}"
         )
     blocks = _blocks(entry, found["first"], found["last"], num_layers)
     return BlockStrength(found["stream"], blocks, _number(entry, number))
@@ -76,8 +76,8 @@ def _blocks(entry: str, first: str | None, last: str | None, num_layers: int) ->
     begin, end = int(first), int(last or first)
     if begin > end or end >= num_layers:
         raise SettingError(
-            f"block_strengths: {entry!r} names blocks {begin} to {end}; this model has 0 to {num_layers - 1}. "
-            "Write the smaller number first."
+            f"block_strengths: {entry!r} names blocks {begin} to {end}; this model has 0 to "
+            f"{num_layers - 1}. Write the smaller number first."
         )
     return range(begin, end + 1)
 

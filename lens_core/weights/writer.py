@@ -46,8 +46,8 @@ class SteppedWriter:
         *,
         resume: bool = True,
     ) -> None:
-        """``steps``: the tensors of each in the order of the file, without memory. Without ``resume`` a part is
-        begun anew and not kept: for tensors that the header does not tell from others."""
+        """``steps``: the tensors of each in the order of the file, without memory. Without ``resume`` a part
+        is begun anew and not kept: for tensors that the header does not tell from others."""
         self.target, self.steps, self.done, self.resume = target, steps, 0, resume
         self.part = part_of(target)
         self._head, self._ends = _layout(steps, metadata)

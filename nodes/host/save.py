@@ -18,14 +18,11 @@ from ...lens_core.quantize_file import SUFFIX
 from ...lens_core.weights import open_checkpoint, variant_of
 from ...lens_core.weights.writer import SteppedWriter
 from . import paths
+from .lora import LORAS, PREFIX
 from .model import require_lens
 from .progress import on_progress
 
-# The denoiser's place in ComfyUI's model, which its patches' names begin with.
-PREFIX = "diffusion_model."
-# Where a MODEL keeps what LensLoraLoader has put into it: (file, strength, block_strengths) each.
-LORAS = "lens_loras"
-# Bytes of memory that merging takes for each of a weight's numbers: fp32 and what is added, with room to spare.
+# Bytes of memory that merging takes for each of a weight's numbers, with room to spare: fp32 and its change.
 _BYTES_A_NUMBER = 24
 
 
@@ -35,7 +32,7 @@ def save_model(model: Any, file_name: str, overwrite: bool) -> tuple[str, str]:
     Quantised weights stay so, those that a patch changes are quantised again. Raises SettingError for a name
     that cannot be, and for a MODEL that is not Lens.
     """
-    require_lens(model)
+    require_lens(model, "saves", ", or use ModelSave")
     target, option = _new_file(model, file_name, overwrite)
     _unload(model)
     steps = _steps(model.model.diffusion_model)
@@ -151,8 +148,8 @@ def _source(model: Any) -> Path | None:
 def _text(model: Any, steps: Iterable[str], option: str, target: Path) -> str:
     merged = sum(PREFIX + name in model.patches for name in steps)
     text = (
-        f"{option}, {target.stat().st_size / 1e6:,.0f} MB, {merged} weights merged. Press R to have it in the "
-        "loaders' lists."
+        f"{option}, {target.stat().st_size / 1e6:,.0f} MB, {merged} weights merged. Press R to have it in "
+        "the loaders' lists."
     )
     if model.injections:
         text += " A LoRA in bypass mode is no part of the weights, and not in it."
