@@ -59,7 +59,9 @@ class DefinedAdapter(WeightAdapterBase):
         """Weight [O, I] with the adapter, in its dtype and where it is."""
         cast = comfy.model_management.cast_to_device
         layer = {
-            name: cast(value, weight.device, torch.float32) if isinstance(value, Tensor) else value
+            name: cast(value, weight.device, torch.float32)
+            if isinstance(value, Tensor)
+            else torch.tensor(value)
             for name, value in self.weights
         }
         return merged(weight, layer, strength).to(weight.dtype)
