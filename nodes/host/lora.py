@@ -1,4 +1,4 @@
-"""A LoRA's file on a MODEL, ours or ComfyUI's own Lens: what ``lens_core.lora`` finds, as ComfyUI's patches."""
+"""A LoRA on a MODEL, ours or ComfyUI's own Lens: what ``lens_core.lora`` finds, as ComfyUI's patches."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _FOLDER = "loras"
 _ENDINGS = (".safetensors", ".sft")
 _TEXT_ENCODER = ("lora_te", "text_encoder", "text_model", "te_", "te1_", "te2_")
 _PEFT_CONFIG = "adapter_config.json"
-# ComfyUI's adapters leave ``rescale`` of these out, square their strength, and count on cores with 4 dimensions.
+# Of OFT ComfyUI's adapters leave ``rescale`` out and square the strength; cores they want with 4 dimensions.
 _DEFINED_HERE = {"oft_blocks", "oft_R.weight", "lora_mid.weight", "hada_t1", "lokr_t2"}
 
 Layer = Mapping[str, Tensor]
@@ -112,7 +112,8 @@ def _path(lora_name: str) -> Path:
     path = folder_paths.get_full_path(_FOLDER, lora_name)
     if path is None:
         raise CheckpointError(
-            f"There is no LoRA {lora_name!r} in models/{_FOLDER}. Put it there and press R to refresh the list."
+            f"There is no LoRA {lora_name!r} in models/{_FOLDER}. Put it there and press R to refresh the "
+            "list."
         )
     return Path(path)
 

@@ -102,7 +102,7 @@ def _steps(network: torch.nn.Module) -> dict[str, dict[str, Tensor]]:
     steps: dict[str, dict[str, Tensor]] = {}
     for name, tensor in network.state_dict().items():
         steps.setdefault(owners.get(name, name), {})[name] = _plain(tensor)
-    return dict(sorted(steps.items(), key=lambda step: any(t.nbytes % 8 for t in step[1].values())))
+    return dict(sorted(steps.items(), key=lambda step: any(t.nbytes % 4 for t in step[1].values())))
 
 
 def _merged(model: Any, name: str) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Small adapters of every kind for chosen layers of the tiny denoiser, as files and as what they make of weights."""
+"""Small adapters of every kind for the tiny denoiser, as files and as what they make of its weights."""
 
 from __future__ import annotations
 
@@ -42,8 +42,10 @@ def _loha(rows: int, columns: int) -> Layer:
 def _tucker(rows: int, columns: int) -> Layer:
     """LoHa around cores, whose outer factors lie the other way round."""
     layer = {
-        f"hada_w{n}_{side}": 9 * _normal(RANK, s) for n in "12" for side, s in zip("ab", (rows, columns))
-    }  # noqa: B905
+        f"hada_w{n}_{side}": 9 * _normal(RANK, s)
+        for n in "12"
+        for side, s in zip("ab", (rows, columns), strict=True)
+    }
     return layer | {f"hada_t{n}": _normal(RANK, RANK) for n in "12"} | {"alpha": torch.tensor(2.0)}
 
 

@@ -200,7 +200,7 @@ def test_errors_are_one_sentence(host, tiny, load_lora, loras):
     flux = SimpleNamespace(model=object.__new__(comfy.model_base.Flux))
     with pytest.raises(Exception, match="The model is Flux; this node patches Lens only"):
         load_lora(flux, "any.safetensors")
-    with pytest.raises(Exception, match="There is no LoRA 'gone.safetensors' in models/loras"):
+    with pytest.raises(Exception, match=r"There is no LoRA 'gone\.safetensors' in models/loras"):
         load_lora(tiny.model, "gone.safetensors")
     save_file({"double_blocks.0.img_attn.qkv.lora_A.weight": torch.zeros(4, 8)}, loras / "flux.safetensors")
     with pytest.raises(Exception, match=r"flux\.safetensors is a LoRA for FLUX .*expected one for Lens"):
