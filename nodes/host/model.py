@@ -77,7 +77,6 @@ class LensModelConfig(comfy.supported_models_base.BASE):
             }
         )
         self.custom_operations = operations
-        self.variant = variant
         self.sampling_settings = {"shift": empirical_mu(_TOKENS_1024, variant.steps)}
 
 

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from ...lens_core.config import Variant
 from ...lens_core.errors import CheckpointError, SettingError
-from ...lens_core.quantize_file import SUFFIX
-from ...lens_core.weights import open_checkpoint, variant_of
+from ...lens_core.loading import open_denoiser
+from ...lens_core.quantize_file import SUFFIX, variant_of_file
+from ...lens_core.weights import variant_of
 from ...lens_core.weights.writer import SteppedWriter
 from . import paths
 from .lora import LORAS, PREFIX
@@ -121,22 +122,23 @@ def _plain(tensor: Tensor) -> Tensor:
 
 
 def _metadata(model: Any) -> dict[str, str]:
-    told = {"format": "pt", "lens.variant": _variant(model).name}
-    loras = model.attachments.get(LORAS, ())
-    return {**told, "lens.loras": json.dumps(loras)} if loras else told
+    told, variant, loras = {"format": "pt"}, _variant(model), model.attachments.get(LORAS)
+    if variant is not None:
+        told["lens.variant"] = variant.name
+    if loras:
+        told["lens.loras"] = json.dumps(loras)
+    return told
 
 
-def _variant(model: Any) -> Variant:
-    """Which published checkpoint a MODEL is; of ComfyUI's own by the file that it is from."""
-    known = getattr(model.model.model_config, "variant", None)
-    if known is not None:
-        return known
+def _variant(model: Any) -> Variant | None:
+    """Which published checkpoint a MODEL is, by the file that it is from."""
     source = _source(model)
+    if source is None:
+        return None
     try:
-        metadata = open_checkpoint(source).metadata if source is not None else None
-    except CheckpointError:
-        metadata = None
-    return variant_of(source.name if source is not None else "", metadata)
+        return variant_of_file(open_denoiser(source))
+    except CheckpointError:  # it is gone, or has been replaced
+        return variant_of(source.name)
 
 
 def _source(model: Any) -> Path | None:

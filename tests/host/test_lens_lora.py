@@ -15,7 +15,6 @@ from tests.compare import relative_l2
 from tests.host.fake_gpu import FakeGpu, use_dynamic_patchers
 from tests.host.helpers import LORA_TARGETS, write_lora
 from tests.host.lora_kinds import KINDS, LAYERS, merge, write_kind
-from tests.host.test_accelerate import accelerate, recording  # noqa: F401
 from tests.host.test_nodes import declared, options
 
 # Weights patched in fp32, then the same forward. Measured: 1e-6 at most.
@@ -239,19 +238,6 @@ def test_the_list_has_safetensors_files(host, loras):
         (loras / name).write_bytes(b"")
     listed = options(declared(host.node_classes["LensLoraLoader"])["lora_name"])
     assert {"a.safetensors", "B.SFT"} <= set(listed) and "old.pt" not in listed
-
-
-def test_with_cuda_graphs(tiny, draw, load_lora, loras, accelerate, recording):  # noqa: F811
-    """Neither MODEL plays the other's graphs, whichever node comes first."""
-    write_kind(loras / "graphs.safetensors", "LoRA", tiny.model.model.diffusion_model)
-    plain, patched = tiny.model, load_lora(tiny.model, "graphs.safetensors")
-    wanted = [draw(model=model, steps=3)["samples"] for model in (plain, patched)]
-    fast = accelerate(plain)
-    for model, want in zip(
-        (fast, load_lora(fast, "graphs.safetensors"), accelerate(patched)), (0, 1, 1), strict=True
-    ):
-        assert torch.equal(draw(model=model, steps=3)["samples"], wanted[want])
-    assert relative_l2(*wanted) > 0.02
 
 
 @pytest.mark.parametrize("kind", ["LoRA", "DoRA by row"])

@@ -19,7 +19,6 @@ from tests.core.quantize_cases import raw
 from tests.host.fake_gpu import GPU, FakeGpu, use_dynamic_patchers
 from tests.host.lora_kinds import LAYERS, write_kind
 from tests.host.test_nodes import declared, options
-from tests.host.test_quantize_node import models  # noqa: F401
 from tests.live_bytes import LiveBytes
 
 SINGLE, TURBO = "lens_tiny_bf16.safetensors", "lens_turbo_tiny_bf16.safetensors"
@@ -55,7 +54,7 @@ def patch(host, own_models: Path, tiny) -> Callable[..., Any]:
 
 
 @pytest.fixture
-def save(host, models: Path) -> Callable[..., str]:  # noqa: F811
+def save(host, models: Path) -> Callable[..., str]:
     """Runs the node; returns its output."""
     return lambda model, name="saved", **inputs: host.run(
         "LensSaveModel", model=model, file_name=name, **inputs
@@ -91,7 +90,7 @@ def test_comfyuis_own_loader_draws_with_the_file(host, load, patch, save, veloci
     assert relative_l2(velocity(stock), velocity(patched)) < SAME
 
 
-def test_comfyuis_own_lens_is_saved_too(host, load, patch, save, velocity, models):  # noqa: F811
+def test_comfyuis_own_lens_is_saved_too(host, load, patch, save, velocity, models):
     """Turbo by the name of the file that it is from, and in the bits that ComfyUI itself saves."""
     (stock,) = host.run("UNETLoader", unet_name=TURBO, weight_dtype="default")
     patched = patch(stock)
@@ -110,7 +109,7 @@ def test_comfyuis_own_lens_is_saved_too(host, load, patch, save, velocity, model
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_quantised_weights_stay_quantised(host, load, patch, save, velocity, models, mode):  # noqa: F811
+def test_quantised_weights_stay_quantised(host, load, patch, save, velocity, models, mode):
     patched = patch(load(dtype="float32", mode=mode))
     want = velocity(patched)
     merged = tensors(patched)
@@ -126,7 +125,7 @@ def test_quantised_weights_stay_quantised(host, load, patch, save, velocity, mod
             assert relative_l2(theirs.dequantize(), ours.dequantize()) < SAME
 
 
-def test_turbo_stays_turbo_and_the_file_says_what_is_in_it(host, load, patch, save, models):  # noqa: F811
+def test_turbo_stays_turbo_and_the_file_says_what_is_in_it(host, load, patch, save, models):
     name = save(patch(load(TURBO)), "sub/mine")
     assert name == str(Path("sub", "mine.safetensors"))
     with safe_open(models / name, "pt") as file:
@@ -138,7 +137,7 @@ def test_turbo_stays_turbo_and_the_file_says_what_is_in_it(host, load, patch, sa
     assert name in options(declared(host.node_classes["LensModelLoader"])["model_name"])
 
 
-def test_tensors_lie_at_multiples_of_their_numbers_size(load, save, models):  # noqa: F811
+def test_tensors_lie_at_multiples_of_their_numbers_size(load, save, models):
     """Where they do not, reading copies them."""
     path = models / save(load(mode="float8_dynamic"))
     with path.open("rb") as file:
@@ -152,7 +151,7 @@ def test_tensors_lie_at_multiples_of_their_numbers_size(load, save, models):  # 
     assert odd == []
 
 
-def test_names_that_cannot_be_are_refused(load, save, models):  # noqa: F811
+def test_names_that_cannot_be_are_refused(load, save, models):
     model = load()
     path = models / save(model, "x")
     content = path.read_bytes()
@@ -172,7 +171,7 @@ def test_names_that_cannot_be_are_refused(load, save, models):  # noqa: F811
         save(other)
 
 
-def test_cancel_leaves_nothing(load, patch, save, models, progress):  # noqa: F811
+def test_cancel_leaves_nothing(load, patch, save, models, progress):
     """A part could be gone on with only by the same patches, which its header does not tell."""
     import comfy.model_management as management
     import comfy.utils
@@ -198,7 +197,7 @@ def test_cancel_leaves_nothing(load, patch, save, models, progress):  # noqa: F8
     assert list(models.iterdir()) == []
 
 
-def test_a_part_of_other_work_is_begun_anew(load, save, models):  # noqa: F811
+def test_a_part_of_other_work_is_begun_anew(load, save, models):
     """Two MODELs with the same header: of the first only a part was written."""
     path = models / save(load(TURBO), "x")
     whole = path.read_bytes()
@@ -208,7 +207,7 @@ def test_a_part_of_other_work_is_begun_anew(load, save, models):  # noqa: F811
     assert path.read_bytes() == whole and not part.exists()
 
 
-def test_a_deleted_file_is_written_again_and_a_full_disk_is_said(host, load, save, models, monkeypatch):  # noqa: F811
+def test_a_deleted_file_is_written_again_and_a_full_disk_is_said(host, load, save, models, monkeypatch):
     import shutil
 
     node = host.node_classes["LensSaveModel"]
