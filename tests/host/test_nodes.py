@@ -223,6 +223,8 @@ def test_what_older_workflows_lack_is_optional(host):
         ("LensGuider", "guidance_end"),
         ("LensQuantizeModel", "file_name"),
         ("LensQuantizeModel", "overwrite"),
+        ("LensLoraLoader", "block_strengths"),
+        ("LensSaveModel", "overwrite"),
     }
     _, negative = host.run("LensTextEncode", clip=_EchoClip(), prompt="x")
     assert negative == "encoded ''"
