@@ -3,13 +3,15 @@
 A layer's tensors are under the names that ComfyUI's weight adapters know; s is its scale, alpha / rank, or 1
 where there is no alpha. W is [O, I].
 
-- LoRA (arXiv 2106.09685): W + s up down; with ``lora_mid``, up mid down (LoCon's Tucker form).
+- LoRA (arXiv 2106.09685): W + s up down; with ``lora_mid``, up mid down (LyCORIS' Tucker form).
 - LoHa (arXiv 2108.06098): W + s (w1_a w1_b) * (w2_a w2_b), elementwise.
-- LoKr (LyCORIS, arXiv 2309.14859): W + s kron(w1, w2), either whole or a product; both whole: s = 1.
-- DoRA (arXiv 2402.09353): m V / |V| with V = W + change, the norm over a row where ``dora_scale`` is [O, 1] (the
-  paper's and PEFT's, LyCORIS' ``wd_on_output``) and over a column where it is [1, I] (kohya's older ones).
-- OFT (arXiv 2306.07280): blocks of outputs turned by the Cayley transform of Q = B - B^T, as LyCORIS' Diag-OFT,
-  then ``rescale``; or blocks of inputs (``oft_R``), as PEFT's and OneTrainer's OFTv2 (arXiv 2506.19847).
+- LoKr (LyCORIS, arXiv 2309.14859): W + s kron(w1, w2), each whole or a product; s = 1 where both are whole.
+- DoRA (arXiv 2402.09353): m V / |V| with V = W + change; the norm is over a row where ``dora_scale`` is
+  [O, 1] (the paper's, PEFT's, LyCORIS' ``wd_on_output``) and over a column where it is [1, I] (LyCORIS
+  before).
+- OFT (arXiv 2306.07280): blocks of outputs turned by the Cayley transform of Q = B - B^T, then ``rescale``,
+  as LyCORIS' Diag-OFT; or blocks of inputs (``oft_R.weight``, the numbers above Q's diagonal), as PEFT's and
+  OneTrainer's OFTv2 (arXiv 2506.19847), whose inverse is a series of ``oft_terms``, 0 for the inverse itself.
 - ``diff``: W + diff.
 """
 
@@ -21,10 +23,9 @@ import torch
 from torch import Tensor
 
 from .kinds import block_size
+from .metadata import TERMS
 
 Layer = Mapping[str, Tensor]
-# PEFT's number of terms of the Neumann series, which stands for an inverse there.
-_TERMS = 5
 
 
 def merged(weight: Tensor, layer: Layer, strength: float) -> Tensor:
@@ -67,6 +68,14 @@ def change(layer: Layer, size: tuple[int, int]) -> Tensor:
     return _kronecker(wide, layer)
 
 
+def constrained(blocks: Tensor, layer: Layer, rows: int) -> Tensor:
+    """An OFT's Q = B - B^T, its norm over all blocks at most alpha * O where there is an alpha above 0."""
+    skew = blocks - blocks.transpose(1, 2)
+    limit = float(layer["alpha"]) * rows if "alpha" in layer else 0.0
+    norm = float(skew.norm()) + 1e-8
+    return skew * (limit / norm) if 0 < limit < norm else skew
+
+
 def scale_of(layer: Layer, rank: int) -> float:
     """alpha / rank, or 1 without alpha."""
     return float(layer["alpha"]) / rank if "alpha" in layer else 1.0
@@ -99,20 +108,12 @@ def _decomposed(changed: Tensor, magnitude: Tensor) -> Tensor:
 
 def _turned_outputs(weight: Tensor, layer: Layer) -> Tensor:
     blocks = layer["oft_blocks"].to(weight.device, torch.float32)
-    rotation = _cayley(_constrained(blocks, layer, weight.shape[0]))
+    rotation = _cayley(constrained(blocks, layer, weight.shape[0]))
     groups = weight.view(len(blocks), -1, weight.shape[1])
     turned = (rotation.transpose(1, 2) @ groups).view_as(weight)
     if "rescale" in layer:
         turned = turned * layer["rescale"].to(weight.device, torch.float32).reshape(-1, 1)
     return turned
-
-
-def _constrained(blocks: Tensor, layer: Layer, rows: int) -> Tensor:
-    """Q of ``blocks``, no longer than alpha * O in all where alpha is not 0."""
-    skew = blocks - blocks.transpose(1, 2)
-    limit = float(layer["alpha"]) * rows if "alpha" in layer else 0.0
-    norm = float(skew.norm()) + 1e-8
-    return skew * (limit / norm) if 0 < limit < norm else skew
 
 
 def _cayley(skew: Tensor) -> Tensor:
@@ -127,15 +128,18 @@ def _turned_inputs(weight: Tensor, layer: Layer) -> Tensor:
     skew = numbers.new_zeros(len(numbers), side, side)
     skew[:, rows, columns] = numbers
     skew = skew - skew.transpose(1, 2)
-    rotation = _cayley(skew) if "oft_exact" in layer else _neumann(skew)
+    terms = int(layer["oft_terms"]) if "oft_terms" in layer else TERMS
+    # PEFT's inverse has the other sign than its series.
+    rotation = _neumann(skew, terms) if terms else _cayley(-skew)
     groups = weight.view(weight.shape[0], -1, side).transpose(0, 1)
     return (groups @ rotation.transpose(1, 2)).transpose(0, 1).reshape(weight.shape)
 
 
-def _neumann(skew: Tensor) -> Tensor:
-    """(1 + Q)(1 - Q)^-1 as 1 + 2Q + 2Q^2 + ... , the last of ``_TERMS`` terms once."""
+def _neumann(skew: Tensor, terms: int) -> Tensor:
+    """(1 + Q)(1 - Q)^-1 as 1 + 2 Q + 2 Q^2 + ..., the last of so many terms once, as PEFT has it."""
+    terms = max(terms, 4) if terms > 2 else terms  # of 3, PEFT adds a fourth
     total, power = torch.eye(skew.shape[-1], device=skew.device).expand_as(skew), skew
-    for term in range(1, _TERMS):
-        total = total + (2 if term < _TERMS - 1 else 1) * power
+    for term in range(1, terms):
+        total = total + (1 if term == terms - 1 and terms > 2 else 2) * power
         power = power @ skew
     return total

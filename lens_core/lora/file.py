@@ -11,22 +11,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
 from ..weights import Checkpoint, open_checkpoint
 from ..weights.detect import describe
 from ..weights.reader import read_json
+from .canonical import Layer, canonical, check
 from .kinds import Kind, kind_of
 from .metadata import Scaling, read_scaling
 from .names import Place, find_place, places, split_key
-from .split import Layer, join
+from .split import join
 
 Sizes = Mapping[str, tuple[int, int]]
 # What PEFT's save_pretrained writes.
 _CONFIG, _ADAPTER = "adapter_config.json", "adapter_model.safetensors"
 _MOST_TENSORS = 100_000
+_WITHOUT_BIAS = ("_mlp.w1", "_mlp.w2", "_mlp.w3")
 # (whose LoRA it is, a pattern that one of its keys matches); the first row that matches wins.
 _FOREIGN: tuple[tuple[str, str], ...] = (
     ("FLUX", r"(?:^|[._])(?:double_blocks|single_blocks|single_transformer_blocks)[._]\d"),
@@ -131,7 +132,8 @@ class LoraFile:
         for key in self.checkpoint.header:
             split = split_key(key)
             place: Place | None = find_place(split[0], known) if split else None
-            if split is None or place is None:
+            lacks_bias = place is not None and place.layer.endswith(_WITHOUT_BIAS)
+            if split is None or place is None or (split[1] == "diff_b" and lacks_bias):
                 unmatched.append(key)
                 strangers |= {split[0]} if split else set()
                 continue
@@ -155,7 +157,7 @@ class LoraFile:
             return
         rows, columns = size if part is None else (size[0] // 3, size[1])
         got = target.kind.size
-        if (got[0] or rows, got[1] or columns) != (rows, columns):
+        if (got[0] or rows, got[1] or columns) != (rows, columns) or columns % target.kind.block:
             raise CheckpointError(
                 f"{self.name} is a LoRA for {self._whose()}: what it has for {target.base} fits a weight "
                 f"of {list(got)}, and {layer} {'' if part is None else 'has a part '}of Lens is "
@@ -177,9 +179,13 @@ class LoraFile:
 
     def _read(self, target: _Target, size: tuple[int, int]) -> Layer:
         """A target's tensors, with alpha from the metadata where there is no tensor of it."""
-        tensors = {name: self.checkpoint.read(key).clone() for name, key in target.keys.items()}
+        header, keys = self.checkpoint.header, target.keys
+        check(target.base, {name: header[key] for name, key in keys.items()}, size, self.name)
+        # Copied: a mapping each would take more open files than a process may have.
+        tensors = {name: self.checkpoint.read(key).clone() for name, key in keys.items()}
+        sd_scripts = not any("lora_A" in key for key in keys.values())
         assert target.kind is not None
-        return canonical(tensors, target.base, target.kind, size, self.scaling)
+        return canonical(tensors, target.base, target.kind, size, self.scaling, sd_scripts)
 
     def _why_none(self) -> str:
         if not any(split_key(key) for key in self.checkpoint.header):
@@ -193,21 +199,6 @@ class LoraFile:
             if any(search(key) for key in self.checkpoint.header):
                 return name
         return "another model"
-
-
-def canonical(tensors: Layer, name: str, kind: Kind, size: tuple[int, int], scaling: Scaling) -> Layer:
-    """Tensors in the shapes that ComfyUI's adapters count on, and alpha such that the scale is alpha / rank."""
-    if "dora_scale" in tensors:
-        magnitude = tensors["dora_scale"]
-        by_row = magnitude.ndim == 1 or magnitude.shape[0] == size[0]
-        tensors["dora_scale"] = magnitude.reshape((-1, 1) if by_row else (1, -1))
-    if "alpha" in tensors:
-        tensors["alpha"] = tensors["alpha"].float().reshape(())
-    elif kind.rank is not None:
-        scale = scaling.scale(name, kind.rank)
-        if scale is not None:
-            tensors["alpha"] = torch.tensor(scale * kind.rank)
-    return tensors
 
 
 def open_lora(path: Path) -> LoraFile:

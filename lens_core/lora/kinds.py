@@ -1,4 +1,4 @@
-"""Kinds of adapters by the tensors that a layer has: which kind, for a weight of which size, of which rank."""
+"""Kinds of adapters by the tensors that a layer has: which, for a weight of which size, of which rank."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 Shape = tuple[int, ...]
-_TUCKER = {"lora_mid.weight", "hada_t1", "hada_t2", "lokr_t2"}
 
 
 class Kind(NamedTuple):
-    """What a layer's tensors are: ``size`` (rows, columns) of the weight that they fit, 0 where any do."""
+    """What a layer's tensors are: ``size`` (rows, columns) of the weight that they fit, 0 where any do, and
+    of how many columns there must be a multiple."""
 
     name: str
     size: tuple[int, int]
     rank: int | None = None
+    block: int = 1
 
 
 def kind_of(shapes: Mapping[str, Shape]) -> Kind | None:
@@ -39,12 +40,12 @@ def _kind(shapes: Mapping[str, Shape]) -> Kind | None:
         return _lokr(shapes)
     if "oft_blocks" in names:
         count, size, other = shapes["oft_blocks"]
-        return Kind("OFT", (count * size, 0)) if size == other else None
+        return Kind("OFT", (count * size, 0)) if size == other and count * size else None
     if "oft_R.weight" in names:
         count, elements = shapes["oft_R.weight"]
         size = block_size(elements)
         # One block alone is shared by all inputs.
-        return size and Kind("OFT", (0, count * size if count > 1 else 0)) or None
+        return Kind("OFT", (0, count * size if count > 1 else 0), block=size) if size else None
     if "diff" in names:
         return Kind("full weights", _matrix(shapes["diff"]))
     if "diff_b" in names:
@@ -62,7 +63,8 @@ def _lora(shapes: Mapping[str, Shape]) -> Kind | None:
     rows, rank = _matrix(shapes["lora_up.weight"])
     inner, columns = _matrix(shapes["lora_down.weight"])
     middle = _matrix(shapes.get("lora_mid.weight", (rank, inner)))
-    return Kind("LoRA", (rows, columns), inner) if middle == (rank, inner) and rank == inner else None
+    fits = middle == (rank, inner) and rank == inner > 0
+    return Kind("LoRA", (rows, columns), inner) if fits else None
 
 
 def _loha(shapes: Mapping[str, Shape]) -> Kind | None:
