@@ -19,12 +19,13 @@ from ...lens_core.errors import CheckpointError
 from ...lens_core.lora import Matched, open_lora
 from ...lens_core.lora.blocks import parse_block_strengths, strength_of
 from ...lens_core.lora.delta import merged
+from ...lens_core.weights.identity import identity
 from .model import require_lens
 
 log = logging.getLogger(__name__)
 # The denoiser's place in ComfyUI's model, which its patches' names begin with.
 PREFIX = "diffusion_model."
-# Where a MODEL keeps what has been put into it: file, strength and block_strengths of each.
+# Where a MODEL keeps what has been put into it, as LensSaveModel writes it into a file.
 LORAS = "lens_loras"
 _FOLDER = "loras"
 _ENDINGS = (".safetensors", ".sft")
@@ -92,14 +93,15 @@ def apply_lora(model: Any, lora_name: str, strength: float, block_strengths: str
     entries = parse_block_strengths(block_strengths, len(network.transformer_blocks))
     if strength == 0:
         return model, f"{lora_name}: strength 0, the model is as it was."
-    matched = open_lora(_path(lora_name)).match(_linear_sizes(network))
+    file = open_lora(_path(lora_name))
+    matched = file.match(_linear_sizes(network))
     clone = model.clone()
     by_strength: defaultdict[float, dict[str, Layer]] = defaultdict(dict)
     for layer, tensors in matched.layers.items():
         by_strength[strength_of(layer, entries)][layer] = tensors
     switched_off = len(by_strength.pop(0.0, {}))
     left = [name for factor, layers in by_strength.items() for name in _add(clone, layers, strength * factor)]
-    told = {"file": Path(lora_name).name, "strength": strength}
+    told = {"file": Path(lora_name).name, "strength": strength, "identity": identity(file.checkpoint.paths)}
     if entries:
         told["block_strengths"] = block_strengths.strip()
     clone.attachments[LORAS] = [*model.attachments.get(LORAS, ()), told]

@@ -181,16 +181,20 @@ def test_what_did_not_match_is_named(tiny, load_lora, loras, said, caplog):
 
 
 def test_what_comfyui_does_not_take_is_named(host, tiny, load_lora, loras, said, monkeypatch):
-    """A bias where the layer has none, and a tensor that no adapter reads."""
-    path = loras / "biased.safetensors"
+    """A tensor that no adapter reads, and one for a weight that the MODEL has not."""
+    write_kind(loras / "odd.safetensors", "full", tiny.model.model.diffusion_model, LAYERS[:1])
+    node = host.module("nodes.host.lora")
+    match = node.Matched
+
+    def with_more(*args):
+        layers, *rest = args
+        no_bias = {"transformer_blocks.1.img_mlp.w1": {"diff_b": torch.zeros(1), "strange": torch.zeros(1)}}
+        return match({**layers, **no_bias}, *rest)
+
+    monkeypatch.setattr(host.module("lens_core.lora.file"), "Matched", with_more)
+    load_lora(tiny.model, "odd.safetensors")
     layer = "transformer_blocks.1.img_mlp.w1"
-    network = tiny.model.model.diffusion_model
-    write_kind(path, "full", network, (layer,))
-    load_lora(tiny.model, path.name)
-    assert said.pop().endswith(f"Not applied by ComfyUI: {layer}.bias.")
-    adapters = host.module("nodes.host.lora")
-    patches = adapters._patches(layer, {"diff": torch.zeros(1), "strange": torch.zeros(1)})
-    assert patches[1] == [f"{layer}.strange"]
+    assert said[0].endswith(f"Not applied by ComfyUI: {layer}.strange, {layer}.bias.")
 
 
 def test_errors_are_one_sentence(host, tiny, load_lora, loras):

@@ -131,7 +131,8 @@ def test_turbo_stays_turbo_and_the_file_says_what_is_in_it(host, load, patch, sa
     with safe_open(models / name, "pt") as file:
         metadata = file.metadata()
     assert metadata["lens.variant"] == "Lens-Turbo"
-    assert json.loads(metadata["lens.loras"]) == [{"file": "one.safetensors", "strength": 0.5}]
+    (told,) = json.loads(metadata["lens.loras"])
+    assert (told["file"], told["strength"]) == ("one.safetensors", 0.5) and told["identity"]
     _, *settings = host.run("LensModelLoader", model_name=name, dtype="bfloat16")
     assert settings == [4, 1.0]
     assert name in options(declared(host.node_classes["LensModelLoader"])["model_name"])
