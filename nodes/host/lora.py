@@ -171,7 +171,7 @@ def _report(
     if by_block:
         sentences.append(f"block_strengths: {switched_off} of {by_block} layers are at 0.")
     if text := [key for key in matched.unmatched if key.startswith(_TEXT_ENCODER)]:
-        sentences.append(f"{len(text)} keys are for a text encoder and are not used.")
+        sentences.append(f"Keys for a text encoder, which are not used: {len(text)}.")
     if names := list(left):
         sentences.append(f"Not applied by ComfyUI: {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}.")
     return " ".join(sentences)
