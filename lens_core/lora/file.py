@@ -142,8 +142,8 @@ class LoraFile:
             if split[1] in target.keys:
                 keys = f"{_short(target.keys[split[1]])} and as {_short(key)}"
                 raise CheckpointError(
-                    f"{self.name} holds {split[1]} of {place.layer} twice, as {keys}. Download it again, or save "
-                    "one adapter alone."
+                    f"{self.name} holds {split[1]} of {place.layer} twice, as {keys}. Save one adapter "
+                    "alone, or download it again."
                 )
             target.keys[split[1]] = key
         for layer, parts in targets.items():

@@ -110,6 +110,18 @@ def test_a_baked_file_is_what_loading_makes(file: DenoiserFile, merge: Merge, tm
     assert (told["file"], told["strength"]) == ("x.safetensors", 0.5)
 
 
+@pytest.mark.parametrize("layout", ["int8 by row", "sdnq", "Q8_0"])
+def test_a_quantised_file_is_baked_as_it_is_quantised(merge: Merge, tmp_path: Path, layout: str):
+    path, _ = LAYOUTS[layout](tmp_path / "model" if layout == "sdnq" else tmp_path)
+    source = open_denoiser(path)
+    baked = quantize_file(source, NONE, tmp_path / "baked.safetensors", loras=merge)
+    want = build_denoiser(source, torch.bfloat16, loras=merge)
+    got = build_denoiser(open_denoiser(baked), torch.bfloat16)
+    assert layers_of(got).keys() == layers_of(want).keys() > {QKV}
+    for name in layers_of(want):
+        assert torch.equal(weight(got, name), weight(want, name)), name
+
+
 def test_none_alone_makes_no_file(file: DenoiserFile, tmp_path: Path):
     with pytest.raises(SettingError, match="none with a LoRA, got none"):
         quantize_file(file, NONE, tmp_path / "x.safetensors")
