@@ -150,7 +150,7 @@ def _patches(layer: str, tensors: Layer) -> tuple[dict[str, Any], list[str]]:
         tensors = {name: tensor for name, tensor in tensors.items() if name == "diff_b"}
     named = {f"{layer}.{name}": tensor for name, tensor in tensors.items()}
     patches = comfy.lora.load_lora(named, {layer: key}, log_missing=False)
-    taken: set[str] = set()
+    taken = {f"{layer}.alpha"}  # of no meaning for a difference
     for patched, patch in patches.items():
         if isinstance(patch, WeightAdapterBase):
             taken |= patch.loaded_keys
