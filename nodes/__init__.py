@@ -8,9 +8,11 @@ from .encode import LensClearFeatureCache, LensTextEncode
 from .host.paths import register_folders
 from .latent import LensEmptyLatent
 from .load import LensEncoderLoader, LensModelLoader, LensVAELoader
+from .lora import LensLoraLoader
 from .memory import LensMemoryEstimate
 from .quantize import LensQuantizeModel
 from .sample import LensGuider, LensNoise, LensSampler, LensScheduler
+from .save import LensSaveModel
 from .step_cache import LensStepCache
 
 
@@ -26,6 +28,8 @@ class LensExtension(ComfyExtension):
         return [
             LensModelLoader,
             LensQuantizeModel,
+            LensLoraLoader,
+            LensSaveModel,
             LensAccelerate,
             LensEncoderLoader,
             LensVAELoader,
