@@ -20,12 +20,12 @@ from .errors import CheckpointError
 from .prompt import PromptTokenizer
 from .weights.banks import ExpertQuantizer
 from .weights.encoder_layouts import encoder_config, encoder_layout, encoder_parts, settled
-from .weights.gguf import GgufCheckpoint, is_gguf
+from .weights.gguf import GgufCheckpoint
 from .weights.gguf_tokenizer import tokenizer_of
 from .weights.identity import identity
-from .weights.keymap import ENCODER_UNUSED
+from .weights.keymap import ENCODER_UNUSED, PREFIXES, rename
+from .weights.kind import open_part
 from .weights.loader import AnyCheckpoint, OnTensor, load_into, plan_load
-from .weights.reader import open_checkpoint
 
 log = logging.getLogger(__name__)
 _TOKENIZER = "tokenizer.json"
@@ -41,7 +41,7 @@ class EncoderFile:
     def __init__(self, path: Path, tokenizer_places: Sequence[Path] = ()) -> None:
         self.path = path
         self.tokenizer_places = tuple(tokenizer_places)
-        self.checkpoint: AnyCheckpoint = _open(path)
+        self.checkpoint: AnyCheckpoint = open_part(path, "encoder")
         self._opened = _stamps(self.checkpoint)
         self.layout = encoder_layout(self.checkpoint)
         self._sizes = encoder_config(self.checkpoint, self.layout)
@@ -75,8 +75,9 @@ class EncoderFile:
 
         Other models' are passed over: folders of encoders may hold one each.
         """
-        if "tokenizer_json" in self.checkpoint.header:
-            content = bytes(self.checkpoint.read("tokenizer_json").tolist()).decode("utf-8", "replace")
+        embedded = rename(self.checkpoint.header, PREFIXES["encoder"]).get("tokenizer_json")
+        if embedded is not None:
+            content = bytes(self.checkpoint.read(embedded).tolist()).decode("utf-8", "replace")
             return PromptTokenizer.from_json(content, f"the tokenizer in {self.name}")
         places, unfit = self._places(), None
         for place in places:
@@ -149,11 +150,3 @@ def _stamps(checkpoint: AnyCheckpoint) -> list[tuple[int, int] | None]:
     """Size and time of change of every file; None where it is gone."""
     stats = [path.stat() if path.is_file() else None for path in checkpoint.paths]
     return [stat and (stat.st_size, stat.st_mtime_ns) for stat in stats]
-
-
-def _open(path: Path) -> AnyCheckpoint:
-    """By content, not by name; a folder without safetensors may hold one GGUF."""
-    if path.is_dir() and not any(path.glob("*.safetensors*")):
-        found = sorted(path.glob("*.gguf"))
-        path = found[0] if len(found) == 1 else path
-    return GgufCheckpoint(path) if is_gguf(path) else open_checkpoint(path)

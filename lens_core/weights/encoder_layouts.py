@@ -1,6 +1,6 @@
 """Every layout that GPT-OSS is published in, as one table: names, parts that need more than a rename.
 
-A layout is recognised by ``detect``; sizes come from shapes under the renamed names.
+A layout is recognised by ``kind``; sizes come from shapes under the renamed names.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ..config import EncoderConfig
 from ..errors import CheckpointError
 from ..quant.mxfp4 import BLOCK
 from .banks import DENSE, ExpertQuantizer, Shape3, dense_bank, gguf_banks, is_mxfp4, nvfp4_bank
-from .detect import count, require, shape_reader
+from .detect import count, shape_reader
 from .keymap import (
     ENCODER,
     ENCODER_COMFY,
@@ -25,6 +25,7 @@ from .keymap import (
     Table,
     rename,
 )
+from .kind import require
 from .loader import AnyCheckpoint, Part, Source, Stored
 
 Banks = Callable[[str, EncoderConfig, ExpertQuantizer], "list[Part]"]
@@ -74,7 +75,7 @@ def _gguf(prefix: str, config: EncoderConfig, quantize: ExpertQuantizer) -> list
     return gguf_banks(prefix, *sizes, quantize)
 
 
-# By what ``detect.describe`` calls the file.
+# By what ``kind.describe`` calls the file.
 LAYOUTS: dict[str, EncoderLayout] = {
     "a GPT-OSS encoder in MXFP4": EncoderLayout(ENCODER, _as_stored),
     "a GPT-OSS encoder in OpenAI's own layout": EncoderLayout(ENCODER_ORIGINAL, _as_stored, fused=True),

@@ -12,15 +12,29 @@ from ..errors import CheckpointError
 
 Table = tuple[tuple[str, str], ...]
 
-DENOISER: Table = ((r"^(?:model\.diffusion_model|diffusion_model|transformer|net)\.", ""),)
+# What may stand before every name of a component: alone in a file, or beside others.
+PREFIXES: dict[str, Table] = {
+    "denoiser": ((r"^(?:model\.diffusion_model|diffusion_model|transformer|net)\.", ""),),
+    "encoder": (
+        (
+            r"^(?:text_encoders?|cond_stage_model|conditioner\.embedders\.\d+)\."
+            r"(?:gpt[_-]?oss[\w-]*\.)?(?:transformer\.)?",
+            "",
+        ),
+    ),
+    "vae": ((r"^(?:first_stage_model|vae)\.", ""),),
+}
+COMPONENTS = tuple(PREFIXES)
+DENOISER: Table = PREFIXES["denoiser"]
 
 # Hugging Face's GPT-OSS, which are the module's names too but for ``model.``; the layouts below add
 # names of banks that are converted, by weights.banks.
-ENCODER: Table = ((r"^model\.", ""),)
+ENCODER: Table = (*PREFIXES["encoder"], (r"^model\.", ""))
 # ComfyUI's: a bank is a module of its own.
 ENCODER_COMFY: Table = (*ENCODER, (r"(\.mlp\.experts\.(?:gate_up|down)_proj)\.bias$", r"\1_bias"))
 # OpenAI's ``original/`` folder.
 ENCODER_ORIGINAL: Table = (
+    *PREFIXES["encoder"],
     (r"^embedding\.", "embed_tokens."),
     (r"^unembedding\.", "lm_head."),
     (r"^norm\.scale$", "norm.weight"),
@@ -51,10 +65,11 @@ ENCODER_GGUF: Table = (
 # Held by full GPT-OSS checkpoints, of no use to a feature extractor.
 ENCODER_UNUSED = (r"^lm_head\.weight$", r"^norm\.weight$", r"^tokenizer_json$")
 
-VAE_DIFFUSERS: Table = ((r"^(?:vae\.)?", "model."),)
+VAE_DIFFUSERS: Table = (*PREFIXES["vae"], (r"^", "model."))
 # CompVis/BFL naming of the same autoencoder; its up blocks count from the output side.
 VAE_LDM: Table = (
-    (r"^(?:first_stage_model\.|vae\.)?", "model."),
+    *PREFIXES["vae"],
+    (r"^", "model."),
     (r"\.(?:encoder\.)?quant_conv\.", ".quant_conv."),
     (r"\.(?:decoder\.)?post_quant_conv\.", ".post_quant_conv."),
     (r"\.nin_shortcut\.", ".conv_shortcut."),
@@ -69,6 +84,13 @@ VAE_LDM: Table = (
     *((rf"\.up\.{3 - i}\.block\.", f".up_blocks.{i}.resnets.") for i in range(4)),
     *((rf"\.up\.{3 - i}\.upsample\.", f".up_blocks.{i}.upsamplers.0.") for i in range(4)),
 )
+
+
+def belongs(name: str, component: str) -> bool:
+    """Whether no other component's prefix stands before a stored name."""
+    return not any(
+        re.match(pattern, name) for other, [(pattern, _)] in PREFIXES.items() if other != component
+    )
 
 
 def rename(names: Iterable[str], table: Table, unused: Iterable[str] = ()) -> dict[str, str]:

@@ -1,0 +1,36 @@
+"""Opening whatever a path leads to, by content and not by name, and taking one component out of it."""
+
+from __future__ import annotations
+
+from copy import copy
+from pathlib import Path
+
+from .gguf import GgufCheckpoint, is_gguf
+from .keymap import belongs
+from .loader import AnyCheckpoint
+from .reader import open_checkpoint
+
+# Of a whole Lens folder, in diffusers' layout.
+SUBFOLDERS = {"denoiser": "transformer", "encoder": "text_encoder", "vae": "vae"}
+
+
+def component_path(path: str | Path, component: str) -> Path:
+    """The component's own folder if ``path`` is a whole Lens folder, else ``path`` itself."""
+    inside = Path(path) / SUBFOLDERS[component]
+    return inside if inside.is_dir() else Path(path)
+
+
+def open_any(path: str | Path) -> AnyCheckpoint:
+    """A safetensors or GGUF file, or a folder with one or with shards; raises CheckpointError."""
+    path = Path(path)
+    if path.is_dir() and not any(path.glob("*.safetensors*")):
+        found = sorted(path.glob("*.gguf"))
+        path = found[0] if len(found) == 1 else path
+    return GgufCheckpoint(path) if is_gguf(path) else open_checkpoint(path)
+
+
+def part_of(checkpoint: AnyCheckpoint, component: str) -> AnyCheckpoint:
+    """The checkpoint without the tensors that its names give to other components."""
+    part = copy(checkpoint)
+    part.header = {name: info for name, info in checkpoint.header.items() if belongs(name, component)}
+    return part
