@@ -1,5 +1,5 @@
 """``python -m lens_core generate``: pictures from a Lens folder, without ComfyUI; ``cache``: kept features;
-``quantize``: a smaller denoiser.
+``quantize``: a smaller denoiser; ``check``: a report on the computer and on files.
 
 Flags and their meanings are those of the published inference script, and further ones for the text
 encoder; steps and cfg default to the checkpoint's published settings instead of Lens' for all.
@@ -21,6 +21,7 @@ import torch
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from .cli_check import add_check, check
 from .cli_quantize import add_quantize, quantize
 from .config import PLACEMENTS, TEMPLATE_DATE, DenoiserConfig, EncoderOptions, Variant
 from .denoiser import DEFAULT_THRESHOLD, STEP_CACHE_OFF, BlockGraphs, StepCacheOptions
@@ -77,6 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
     cache.add_argument("--folder", default=default_cache(), metavar="DIR", help="default: %(default)s")
     cache.add_argument("--clear", action="store_true", help="delete them")
     add_quantize(commands, device)
+    add_check(commands, device)
     return parser
 
 
@@ -381,6 +383,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif args.command == "quantize":
             _check_device(args.device)
             print(quantize(args))
+        elif args.command == "check":
+            _check_device(args.device)
+            text, broken = check(args)
+            print(text)
+            return int(broken)
         else:
             for path in generate(args):
                 print(path)

@@ -20,7 +20,7 @@ from .quantized import linear_sizes, replace_linears
 from .weights import DENOISER, denoiser_config, load_into
 from .weights.keymap import rename
 from .weights.kind import open_part
-from .weights.loader import AnyCheckpoint, OnTensor, Source, Stored
+from .weights.loader import AnyCheckpoint, OnTensor, Source, Stored, plan_load
 from .weights.quantized import UNUSED, stored_layers
 from .weights.quantized_part import QuantizedPart
 
@@ -105,6 +105,13 @@ class DenoiserFile:
             read=read,
             on_tensor=on_tensor,
         )
+
+    def check(self) -> None:
+        """Raise CheckpointMismatch or CheckpointError where ``load`` would; nothing is read."""
+        structure = LensDenoiser(self.config, device="meta")
+        replace_linears(structure, {name: part.packed for name, part in self.stored.items()})
+        parts = [part.part(name) for name, part in self.stored.items()]
+        plan_load(structure, self.checkpoint, DENOISER, unused=UNUSED, parts=parts)
 
     def layers(self, mode: str, device: torch.device) -> dict[str, QuantizedPart]:
         """The linears that are quantised, in the file or by ``mode``, as ``mode()`` has it."""

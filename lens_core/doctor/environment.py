@@ -7,6 +7,7 @@ import platform
 import re
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -48,7 +49,7 @@ _SHOWN = (
 _PREFIXES = ("HF_", "HUGGING_FACE_", "TRITON_", "KERNELS_", "TORCHINDUCTOR_", "PYTORCH_", "COMFYUI_")
 
 
-def environment(root: Path | None = None) -> Section:
+def section(root: Path | None = None) -> Section:
     """The section; ``root`` is the pack's folder (None: where this file is)."""
     root = Path(__file__).parents[2] if root is None else root
     commit = commit_of(root)
@@ -62,10 +63,14 @@ def environment(root: Path | None = None) -> Section:
         "PyTorch": f"{torch.__version__} ({_build()})",
         "packages": ", ".join(f"{name} {version}" for name, version in found.items()),
         "not installed": ", ".join(absent) or "none of those that matter",
-        "RAM": f"{memory.total / 1e9:.1f} GB, {memory.available / 1e9:.1f} free; {os.cpu_count()} CPU threads",
+        "RAM": f"{memory.total / 1e9:.1f} GB, {memory.available / 1e9:.1f} free",
+        "CPU": f"{os.cpu_count()} threads",
         "settings": ", ".join(_settings()) or "none of those that matter",
     }
-    facts = {"packages": {"packages": found}, "Lens pack": {"version": __version__, "commit": commit}}
+    facts: dict[str, dict[str, Any]] = {
+        "packages": {"packages": found},
+        "Lens pack": {"version": __version__, "commit": commit},
+    }
     findings = [Finding(name, text, facts=facts.get(name, {})) for name, text in rows.items()]
     return Section("Environment", [*findings, *_gpus()])
 

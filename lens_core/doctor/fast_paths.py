@@ -1,4 +1,4 @@
-"""Which fast paths run on a device, each tested now against its definition in plain PyTorch; why not the others.
+"""Which fast paths run on a device, each tested now against plain PyTorch, and why not the others.
 
 Limits and self-tests are those that the choices ask themselves (``kernels``); here they are asked one after
 the other at the published sizes, with what came out.
@@ -104,7 +104,7 @@ FAST_PATHS = (
 )
 
 
-def fast_paths(device: torch.device, dtype: torch.dtype, on_progress: OnProgress | None = None) -> Section:
+def section(device: torch.device, dtype: torch.dtype, on_progress: OnProgress | None = None) -> Section:
     """The section for a device and the dtype that models compute in; tests every path that may run."""
     findings = []
     for done, path in enumerate(FAST_PATHS):
@@ -129,10 +129,10 @@ def examine(path: FastPath, device: torch.device, dtype: torch.dtype) -> Finding
     if path.difference is None:
         return Finding(path.name, "yes", facts={"on": True})
     difference, start = path.difference, time.perf_counter()
-    error, fault = backend.self_tested(lambda: difference(device, dtype))
+    apart, fault = backend.self_tested(lambda: difference(device, dtype))
     seconds = time.perf_counter() - start
-    facts = {"on": fault is None, "error": error, "limit": backend.SELF_TEST_LIMIT, "seconds": seconds}
+    facts = {"on": fault is None, "error": apart, "limit": backend.SELF_TEST_LIMIT, "seconds": seconds}
     if fault is not None:
         return Finding(path.name, f"NO: {fault}", broken=True, facts=facts)
-    text = f"yes, self-test {error:.1e} of {backend.SELF_TEST_LIMIT:.0e} allowed, {seconds:.1f} s"
+    text = f"yes, self-test {apart:.1e} of {backend.SELF_TEST_LIMIT:.0e} allowed, {seconds:.1f} s"
     return Finding(path.name, text, facts=facts)

@@ -1,8 +1,8 @@
 """Whether components compute on this computer what their reference implementations do, with the same weights.
 
-Encoder: transformers. VAE: diffusers. Denoiser: ComfyUI's own Lens, which the caller brings: nothing here knows
-of ComfyUI. Always measured from the reference in float32. In float32 the bound is fixed; in 16 bits it is a
-multiple of what the reference itself loses in them, so it needs no knowledge of the weights.
+Encoder: transformers. VAE: diffusers. Denoiser: ComfyUI's own Lens, which the caller brings, as nothing here
+knows of ComfyUI. Always measured from the reference in float32. In float32 the bound is fixed; in 16 bits it
+is a multiple of what the reference itself loses in them, so it needs no knowledge of the weights.
 """
 
 from __future__ import annotations
@@ -10,17 +10,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import psutil
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..errors import SettingError
-from ..loading import load_vae, open_denoiser, open_encoder
-from ..loading import build_denoiser as build_denoiser
-from ..sampling import grid_to_tokens, tokens_to_grid
+from ..errors import MissingPackage, SettingError
+from ..loading import build_denoiser, load_vae, open_denoiser, open_encoder
+from ..sampling import grid_to_tokens
 from ..text_encoder import TextEncoder
 from ..vae import LensVAE
 from . import references
@@ -40,11 +40,13 @@ _GRID, _TEXT_TOKENS = (24, 16), 20
 _SIGMA = 0.5
 # What torch, the other package and activations take beside weights.
 _OVERHEAD = 1_000_000_000
+_JUDGED = {"whole": "relative L2", "median": "median"}
 Place = dict[str, Any]
 
 
 def encoder_parity(path: Path, place: Place, tokenizer_places: Sequence[Path] = ()) -> Finding:
     """Features of one prompt, all captured layers, beside transformers' GptOssModel."""
+    references.transformers_classes()
     file = open_encoder(path, tokenizer_places)
     text = TextEncoder(file, place["dtype"])
     ids = file.tokenizer(PROMPT).ids
@@ -61,7 +63,7 @@ def encoder_parity(path: Path, place: Place, tokenizer_places: Sequence[Path] = 
         return found[-own:].flatten(1)
 
     # A token whose fourth and fifth expert are nearly tied may get either: the median is what counts.
-    return compared("encoder", "transformers", got[0].flatten(1), want, place["dtype"], by="median")
+    return compared("transformers", got[0].flatten(1), want, place["dtype"], by="median")
 
 
 def denoiser_parity(path: Path, place: Place, reference: DenoiserReference) -> Finding:
@@ -83,27 +85,27 @@ def denoiser_parity(path: Path, place: Place, reference: DenoiserReference) -> F
     def want(dtype: torch.dtype) -> Tensor:
         there = {**place, "dtype": dtype}
         network = reference(config, dtype)
-        references.fill(network, list(network.transformer_blocks), references.denoiser_weights(file, model), there)  # type: ignore[arg-type]
+        blocks = cast(nn.ModuleList, network.transformer_blocks)
+        references.fill(network, list(blocks), references.denoiser_weights(file, model), there)
         return grid_to_tokens(network(latents.to(**there), sigma, text.flatten(2).to(**there)))[0]
 
-    return compared("denoiser", "ComfyUI's own Lens", got[0], want, dtype)
+    return compared("ComfyUI's own Lens", got[0], want, dtype)
 
 
 def vae_parity(path: Path, place: Place) -> Finding:
     """A small picture, decoded in strips, beside diffusers' AutoencoderKLFlux2."""
     vae = load_vae(path, torch.float32)
     size = sum(tensor.nbytes for tensor in vae.state_dict().values())
-    decoding = 4 * vae.decode_bytes(*_GRID, 4, torch.device("cpu"))
+    decoding = 2 * vae.decode_bytes(*_GRID, 4, torch.device("cpu"))
     require_room(3 * size + decoding, size + decoding, place["device"])
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(1, 4 * vae.model.config.latent_channels, *_GRID, generator=generator)
-    folder = path / "vae" if (path / "vae").is_dir() else path
 
     def want(dtype: torch.dtype) -> Tensor:
-        return _tokens(references.diffusers_pictures(folder, vae, latents, {**place, "dtype": dtype}))
+        return _tokens(references.diffusers_pictures(path, vae, latents, {**place, "dtype": dtype}))
 
     ours: LensVAE = load_vae(path, place["dtype"]).to(place["device"])
-    return compared("VAE", "diffusers", _tokens(ours.decode(latents.to(**place))), want, place["dtype"])
+    return compared("diffusers", _tokens(ours.decode(latents.to(**place))), want, place["dtype"])
 
 
 def _tokens(images: Tensor) -> Tensor:
@@ -113,14 +115,13 @@ def _tokens(images: Tensor) -> Tensor:
 
 
 def compared(
-    name: str,
     against: str,
     got: Tensor,
     want: Callable[[torch.dtype], Tensor],
     dtype: torch.dtype,
     by: str = "whole",
 ) -> Finding:
-    """How far tokens ``got`` [N, C] in ``dtype`` are from the reference's in float32, and how far they may be.
+    """How far tokens ``got`` [N, C] in ``dtype`` are from the reference's in float32, and how far they may.
 
     ``by`` is the distance that is judged: "whole" or "median".
     """
@@ -133,9 +134,9 @@ def compared(
         bound, why = max(_SLACK * own, EXACT), f"{_SLACK} x what {against} itself loses in {spelled}"
     broken = not facts[by] <= bound
     text = f"{'DIFFERS from' if broken else 'as'} {against} in float32, computed in {spelled}: relative L2 "
-    text += "{whole:.1e}, tokens' median {median:.1e}, worst {worst:.1e}, least cosine {cosine:.6f}; ".format(**facts)
-    text += f"{'median' if by == 'median' else 'relative L2'} may be {bound:.1e} ({why})"
-    return Finding(f"parity of the {name}", text, broken, {**facts, "bound": bound, "judged": by})
+    text += f"{facts['whole']:.1e}, tokens' median {facts['median']:.1e}, worst {facts['worst']:.1e}, least "
+    text += f"cosine {facts['cosine']:.6f}; {_JUDGED[by]} may be {bound:.1e} ({why})"
+    return Finding("", text, broken, {**facts, "bound": bound, "judged": by})
 
 
 def distances(got: Tensor, want: Tensor) -> dict[str, float]:
@@ -159,7 +160,7 @@ def require_room(ram: int, gpu: int, device: torch.device) -> None:
         needs["GPU memory"] = (gpu + _OVERHEAD, free + reserved)
     for kind, (needed, free) in needs.items():
         said = f"comparing needs about {needed / 1e9:.1f} GB of {kind}, and {free / 1e9:.1f} GB are free"
-        log.info("%s.", said.capitalize().replace("gb of", "GB of"))
+        log.info("Parity: %s.", said)
         if needed > free:
             raise SettingError(f"{said}. Close other programs, or compare on a computer with more.")
 
@@ -176,11 +177,11 @@ def precise():
 
 
 def tried(name: str, compare: Callable[[], Finding]) -> Finding:
-    """A comparison, or in words why there is none."""
+    """A comparison under a name, or in words why there is none."""
     try:
         with torch.inference_mode(), precise():
-            return compare()
-    except SettingError as error:
-        return Finding(f"parity of the {name}", f"not compared: {sentence(error)}")
+            return replace(compare(), name=name)
+    except (SettingError, MissingPackage) as error:
+        return Finding(name, f"not compared: {sentence(error)}")
     except FAULTS as error:
-        return Finding(f"parity of the {name}", f"FAILED: {sentence(error)}", broken=True)
+        return Finding(name, f"the comparison FAILED: {sentence(error)}", broken=True)

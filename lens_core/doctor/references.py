@@ -1,8 +1,8 @@
 """The reference implementations that parity is checked against, with the weights of a file.
 
-transformers' GptOssModel in bf16 takes 40 GB, so a reference is built without memory and its blocks have weights
-only while each runs (``fill``). Weights come from the file itself wherever it holds them as plain numbers under
-the reference's own names; a fault in this pack's loading then shows. Others are taken from the loaded module.
+transformers' GptOssModel in bf16 takes 40 GB, so a reference is built without memory and its blocks have
+weights only while each runs (``fill``). Weights come from the file itself wherever it holds them as plain
+numbers under the reference's own names: a fault in this pack's loading then shows. Others are those loaded.
 """
 
 from __future__ import annotations
@@ -27,6 +27,20 @@ from ..weights import DENOISER
 from ..weights.keymap import rename
 from ..weights.tensor_info import DTYPES
 
+# transformers' names of an encoder's sizes, which are EncoderConfig's too.
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "num_local_experts",
+    "num_experts_per_tok",
+    "sliding_window",
+    "rms_norm_eps",
+)
 # Name and dtype -> the tensor on the CPU.
 Weights = Callable[[str, torch.dtype], Tensor]
 
@@ -84,20 +98,23 @@ def denoiser_weights(file: DenoiserFile, model: LensDenoiser) -> Weights:
     return weight
 
 
-def transformers_features(text: TextEncoder, ids: Sequence[int], place: dict[str, Any]) -> Tensor:
-    """Features [S, L, H] of a whole chat's ids by transformers' GptOssModel; ``place`` is dtype and device."""
+def transformers_classes() -> tuple[Any, Any]:
+    """GptOssConfig and GptOssModel; raises MissingPackage."""
     try:
         from transformers import GptOssConfig, GptOssModel
     except ImportError as error:
         raise MissingPackage(
             "The encoder's reference is transformers 4.55 or newer: pip install 'transformers>=4.55'."
         ) from error
+    return GptOssConfig, GptOssModel
+
+
+def transformers_features(text: TextEncoder, ids: Sequence[int], place: dict[str, Any]) -> Tensor:
+    """Features [S, L, H] of a whole chat's ids by transformers; ``place`` is dtype and device."""
+    GptOssConfig, GptOssModel = transformers_classes()  # noqa: N806
     sizes = text.file.config
-    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    names += ("num_key_value_heads", "head_dim", "num_local_experts", "num_experts_per_tok")
-    names += ("sliding_window", "rms_norm_eps")
-    # RoPE's settings are that class' defaults, GPT-OSS-20B's own; a Lens folder's config.json leaves them out.
-    config = GptOssConfig(**{name: getattr(sizes, name) for name in names})
+    # RoPE's settings are that class' defaults, GPT-OSS-20B's own; Lens' config.json leaves them out.
+    config = GptOssConfig(**{name: getattr(sizes, name) for name in _SIZES})
     config._attn_implementation = config._experts_implementation = "eager"
     with torch.device("meta"):
         model = GptOssModel(config).eval()
@@ -163,8 +180,8 @@ def diffusers_pictures(path: Path, vae: LensVAE, latents: Tensor, place: dict[st
     else:
         model = AutoencoderKLFlux2.from_config(vae.model.config)
         model.load_state_dict(vae.model.state_dict())
-    model = model.to(torch.float32).eval().requires_grad_(False)
+    model = nn.Module.to(model, torch.float32).eval().requires_grad_(False)
     mean = model.bn.running_mean.view(1, -1, 1, 1)
     deviation = torch.sqrt(model.bn.running_var + model.config.batch_norm_eps).view(1, -1, 1, 1)
     plain = unpack(latents.cpu().float() * deviation + mean)
-    return model.to(**place).decode(plain.to(**place), return_dict=False)[0]
+    return nn.Module.to(model, **place).decode(plain.to(**place), return_dict=False)[0]

@@ -31,8 +31,8 @@ FAULTS = (
     ValueError,
 )
 # Findings of one section in the text; a models folder may hold hundreds.
-_MOST = 40
-_WIDTH = 26
+_MOST = 30
+_WIDTHS = 18, 44
 # An absolute path's folders, as POSIX or Windows writes them: at the start of a word, up to its last name.
 _FOLDERS = re.compile(r"""(?<![\w.~:/\\])(?:[A-Za-z]:[\\/]|/)(?:[^\s"'\\/:;,()<>|]+[\\/])+""")
 
@@ -58,7 +58,9 @@ class Section:
         """The text's lines; what is broken comes always, of the rest what there is room for."""
         shown = [x for x in self.findings if x.broken]
         shown += [x for x in self.findings if not x.broken][: max(0, _MOST - len(shown))]
-        lines = [self.title, *(_line(x) for x in self.findings if x in shown)]
+        width = min(max([_WIDTHS[0], *(len(x.name) for x in shown)]), _WIDTHS[1])
+        kept = {id(x) for x in shown}
+        lines = [self.title, *(_line(x, width) for x in self.findings if id(x) in kept)]
         left = len(self.findings) - len(shown)
         return lines + ([f"  and {left} more, none of them broken (--json lists all)"] if left else [])
 
@@ -95,9 +97,9 @@ class Report:
         return {"broken": self.broken, "sections": sections}
 
 
-def _line(finding: Finding) -> str:
+def _line(finding: Finding, width: int) -> str:
     mark = "!" if finding.broken else " "
-    return f"{mark} {finding.name:<{_WIDTH}} {finding.text}".rstrip()
+    return f"{mark} {finding.name:<{width}}  {finding.text}".rstrip()
 
 
 class Privacy:
@@ -117,7 +119,11 @@ class Privacy:
             for folder in self._known:
                 text = re.sub(re.escape(folder) + r"[\\/]", "", text)
             text = _FOLDERS.sub("", text)
-        return text.replace(self._home, "~") if len(self._home) > 1 else text
+        if len(self._home) > 1:
+            text = text.replace(self._home, "~")
+            # A folder's name before what lies in it, as errors have it.
+            text = re.sub(rf"(?<![\w./~-]){re.escape(Path(self._home).name)}(?=[\\/])", "~", text)
+        return text
 
     def section(self, section: Section) -> Section:
         """The same without folders; ``facts`` are left, so nothing personal may be among them."""

@@ -22,7 +22,7 @@ def why_no_gpu(device: torch.device) -> str | None:
     """Why no kernels of ours run on ``device``, in words; None where they may."""
     if device.type == "cuda" or interpreted():
         return None
-    return f"it is for NVIDIA's and AMD's GPUs, and this is the {device.type.upper()}"
+    return f"there is no GPU for it, {device.type.upper()} computes"
 
 
 def why_no_triton(device: torch.device, dtype: torch.dtype, part: str) -> str | None:

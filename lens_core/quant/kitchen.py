@@ -82,7 +82,7 @@ def why_not_multiply(name: str, device: torch.device) -> str | None:
         return f"products of {name} are on NVIDIA's GPUs alone"
     found, needs = _capability(device), NEEDS[name]
     if found < needs:
-        return f"this GPU has compute capability {found[0]}.{found[1]}, and {name} needs {needs[0]}.{needs[1]}"
+        return "this GPU has compute capability {}.{}, and {} needs {}.{}".format(*found, name, *needs)
     return None
 
 
