@@ -6,6 +6,7 @@ the other at the published sizes, with what came out.
 
 from __future__ import annotations
 
+import importlib.util
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -43,12 +44,20 @@ def _why_no_attention(device: torch.device, dtype: torch.dtype) -> str | None:
     return reason or block_registry.why_not_attend(device, dtype)
 
 
+def _why_no_kitchen(name: str, device: torch.device) -> str | None:
+    reason = kitchen.why_not_multiply(name, device)
+    if reason is None and importlib.util.find_spec("comfy_kitchen") is None:
+        reason = "comfy-kitchen is not installed (pip install comfy-kitchen)"
+    return reason
+
+
 def _graph_difference(device: torch.device, dtype: torch.dtype) -> float:
     """A recorded product, played with other numbers than it was recorded with."""
     weight, x = torch.randn(2, 256, 256, device=device, dtype=dtype)
-    own, warm = x.clone(), torch.cuda.Stream(device)
+    own = x.clone()
     with torch.cuda.device(device):
-        with torch.cuda.stream(warm):  # cuBLAS takes memory at its first call, which cannot be recorded
+        torch.cuda.synchronize(device)
+        with torch.cuda.stream(torch.cuda.Stream(device)):  # cuBLAS takes memory at its first call, which cannot be recorded
             F.linear(own, weight)
         torch.cuda.synchronize(device)
         recorded = torch.cuda.CUDAGraph()
@@ -96,7 +105,7 @@ FAST_PATHS = (
     *(
         FastPath(
             f"products in {name}",
-            lambda device, _, name=name: kitchen.why_not_multiply(name, device),  # type: ignore[misc]
+            lambda device, _, name=name: _why_no_kitchen(name, device),  # type: ignore[misc]
         )
         for name in kitchen.NEEDS
     ),

@@ -29,9 +29,9 @@ from .report import FAULTS, Finding, sentence
 
 log = logging.getLogger(__name__)
 PROMPT = "A red fox in the snow, photographed at dawn with an 85mm lens at f/2."
-# Ten times the most that tests of this pack measure in float32 with weights of small models: both sum in
-# another order, over more numbers in a large one.
-EXACT, _WHY_EXACT = 2e-5, "float32 summed in another order"
+# Small models differ by 3e-6 at most (tests): both sum in another order. Large ones sum more numbers in more
+# layers, and trained weights amplify it. What is wrong shows more: another epsilon of a norm makes 1e-3.
+EXACT, _WHY_EXACT = 1e-4, "float32 summed in another order"
 # Ours rounds where the reference does or less often; half as much again is another arithmetic.
 _SLACK = 1.5
 # Grid of the denoiser's and the VAE's input, not square so that rows and columns cannot be confused.

@@ -49,7 +49,8 @@ def report(model: Any, clip: Any, vae: Any, files: str, hashes: bool, parity: bo
         tokenizer_places=paths.tokenizer_places(),
     )
     sections = [host_section()]
-    models = [describe(what) for what in (model, clip, vae) if what is not None]
+    given = {"MODEL": model, "CLIP": clip, "VAE": vae}
+    models = [Finding(name, describe(what)) for name, what in given.items() if what is not None]
     if models:
         sections.append(Section("Models of this graph", models))
     update = on_progress()
@@ -108,19 +109,18 @@ def _value(value: Any) -> str:
     return f" {value}" if isinstance(value, bool | int | float) else " (given)"
 
 
-def describe(what: Any) -> Finding:
+def describe(what: Any) -> str:
     """A MODEL, CLIP or VAE: its file, precision, where it is, and what was done to it."""
     if isinstance(what, LensClip):
-        return Finding("CLIP", _clip(what))
+        return _clip(what)
     if isinstance(what, LensHostVAE):
-        return Finding("VAE", f"{_file(what.patcher)}, {_spelled(what.vae_dtype)}, {_place(what.patcher)}")
-    patcher = getattr(what, "patcher", what)
+        return f"{_file(what.patcher)}, {_spelled(what.vae_dtype)}, {_place(what.patcher)}"
     network = getattr(what, "model", None)
     if isinstance(network, LensModel):
-        return Finding("MODEL", _model(what, network))
-    name = "MODEL" if patcher is what else type(what).__name__
+        return _model(what, network)
+    patcher = getattr(what, "patcher", what)
     inside = type(getattr(patcher, "model", what)).__name__
-    return Finding(name, f"{inside}, from another loader than this pack's; {_changes(patcher)}")
+    return f"{inside}, from another loader than this pack's; {_changes(patcher)}"
 
 
 def _model(patcher: Any, network: LensModel) -> str:

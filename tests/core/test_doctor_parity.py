@@ -76,7 +76,7 @@ def test_a_wrong_weight_is_noticed(component: str, path: Path):
     finding = compare(component, path)
     assert finding.broken and "DIFFERS from" in finding.text
     # One layer of 24, and the first of the decoder, which a norm follows.
-    assert finding.facts["median"] > 10 * parity.EXACT
+    assert finding.facts["median"] > 1e-3
 
 
 @pytest.mark.parametrize(
