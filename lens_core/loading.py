@@ -26,9 +26,9 @@ from .vae import LensVAE
 from .weights import load_into, open_checkpoint, vae_config
 from .weights.detect import is_ldm_vae
 from .weights.keymap import VAE_DIFFUSERS, VAE_LDM, Table
-from .weights.kind import require
+from .weights.kind import part_of, require
 from .weights.loader import AnyCheckpoint, OnTensor, plan_load
-from .weights.opening import SUBFOLDERS, component_path, part_of
+from .weights.opening import SUBFOLDERS, component_path
 from .weights.reader import read_json
 
 __all__ = [

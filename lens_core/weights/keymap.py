@@ -25,6 +25,7 @@ PREFIXES: dict[str, Table] = {
     "vae": ((r"^(?:first_stage_model|vae)\.", ""),),
 }
 COMPONENTS = tuple(PREFIXES)
+_OWNER = re.compile("|".join(f"(?P<{component}>{table[0][0]})" for component, table in PREFIXES.items()))
 DENOISER: Table = PREFIXES["denoiser"]
 
 # Hugging Face's GPT-OSS, which are the module's names too but for ``model.``; the layouts below add
@@ -86,11 +87,15 @@ VAE_LDM: Table = (
 )
 
 
+def owner(name: str) -> str:
+    """The component whose prefix stands before a stored name; "" where none does."""
+    match = _OWNER.match(name)
+    return (match.lastgroup or "") if match else ""
+
+
 def belongs(name: str, component: str) -> bool:
     """Whether no other component's prefix stands before a stored name."""
-    return not any(
-        re.match(pattern, name) for other, [(pattern, _)] in PREFIXES.items() if other != component
-    )
+    return owner(name) in ("", component)
 
 
 def rename(names: Iterable[str], table: Table, unused: Iterable[str] = ()) -> dict[str, str]:

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..config import Variant
 from ..errors import CheckpointError
 from .gguf import GgufCheckpoint
-from .keymap import COMPONENTS, belongs
+from .keymap import COMPONENTS, owner
 from .loader import AnyCheckpoint
-from .opening import SUBFOLDERS, open_any, part_of
+from .opening import SUBFOLDERS, open_any
 from .precision import precision_of
 from .variant import variant_at
 
@@ -130,25 +131,46 @@ def open_part(path: str | Path, component: str) -> AnyCheckpoint:
     return part_of(checkpoint, component)
 
 
+def part_of(checkpoint: AnyCheckpoint, component: str) -> AnyCheckpoint:
+    """The checkpoint without the tensors that are another component's."""
+    owned = _owned(checkpoint)
+    own = {*owned[""], *owned[component]}
+    part = copy(checkpoint)
+    part.header = {name: info for name, info in checkpoint.header.items() if name in own}
+    return part
+
+
+def _owned(checkpoint: AnyCheckpoint) -> dict[str, list[str]]:
+    """Names by component, by their prefixes; what has none is one component's, if it looks like that one, or
+    everybody's ("")."""
+    owned: dict[str, list[str]] = {component: [] for component in ("", *COMPONENTS)}
+    for name in checkpoint.header:
+        owned[owner(name)].append(name)
+    look = _first_look(_LOOKS, owned[""])
+    if look is not None and look.component in COMPONENTS:
+        owned[look.component] += owned[""]
+        owned[""] = []
+    return owned
+
+
 def _looks(checkpoint: AnyCheckpoint) -> list[_Look]:
     """One for each component of Lens, or one for all of another model."""
     if isinstance(checkpoint, GgufCheckpoint):
         return [_look_of_gguf(checkpoint)]
+    owned = _owned(checkpoint)
+    looks = [
+        _first_look([look for look in _LOOKS if look.component == component], owned[""] + owned[component])
+        for component in COMPONENTS
+    ]
     names = list(checkpoint.header)
-    parts = {
-        component: _look_of([name for name in names if belongs(name, component)]) for component in COMPONENTS
-    }
-    own = [look for component, look in parts.items() if look.component == component]
-    return own or [_look_of(names)]
-
-
-def _look_of(names: list[str]) -> _Look:
-    lines = "\n".join(names)
-    for look in _LOOKS:
-        if re.search(look.pattern, lines, re.MULTILINE):
-            return look
     unknown = f"an unknown kind of model ({names[0]}, ...)" if names else "a file without tensors"
-    return _Look("", unknown, "", "")
+    own = [look for look in looks if look is not None]
+    return own or [_first_look(_LOOKS, names) or _Look("", unknown, "", "")]
+
+
+def _first_look(looks: Iterable[_Look], names: Iterable[str]) -> _Look | None:
+    lines = "\n".join(names)
+    return next((look for look in looks if re.search(look.pattern, lines, re.MULTILINE)), None)
 
 
 def _look_of_gguf(checkpoint: GgufCheckpoint) -> _Look:
@@ -157,18 +179,12 @@ def _look_of_gguf(checkpoint: GgufCheckpoint) -> _Look:
     if parts > 1:
         return _Look("", f"one of {parts} parts of a GGUF (llama-gguf-split --merge joins them)", "", "")
     # By its tensors: nobody has agreed on an architecture's name for it.
-    if _has(checkpoint.header, _LENS_GGUF):
+    if _first_look([_LENS_GGUF], checkpoint.header):
         return _LENS_GGUF
     if architecture != "gpt-oss":
         return _Look("", f"a GGUF of {architecture}", "", "")
-    return _ENCODER_GGUF if _has(checkpoint.header, _ENCODER_GGUF) else _NO_EXPERTS
-
-
-_NO_EXPERTS = _Look("", "a GGUF of gpt-oss without experts", "", "")
-
-
-def _has(names: Iterable[str], look: _Look) -> bool:
-    return re.search(look.pattern, "\n".join(names), re.MULTILINE) is not None
+    without = _Look("", "a GGUF of gpt-oss without experts", "", "")
+    return _first_look([_ENCODER_GGUF], checkpoint.header) or without
 
 
 def _kind(path: Path, checkpoint: AnyCheckpoint, look: _Look, alone: bool) -> Kind:

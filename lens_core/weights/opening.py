@@ -1,12 +1,10 @@
-"""Opening whatever a path leads to, by content and not by name, and taking one component out of it."""
+"""Opening whatever a path leads to, by content and not by name."""
 
 from __future__ import annotations
 
-from copy import copy
 from pathlib import Path
 
 from .gguf import GgufCheckpoint, is_gguf
-from .keymap import belongs
 from .loader import AnyCheckpoint
 from .reader import open_checkpoint
 
@@ -27,10 +25,3 @@ def open_any(path: str | Path) -> AnyCheckpoint:
         found = sorted(path.glob("*.gguf"))
         path = found[0] if len(found) == 1 else path
     return GgufCheckpoint(path) if is_gguf(path) else open_checkpoint(path)
-
-
-def part_of(checkpoint: AnyCheckpoint, component: str) -> AnyCheckpoint:
-    """The checkpoint without the tensors that its names give to other components."""
-    part = copy(checkpoint)
-    part.header = {name: info for name, info in checkpoint.header.items() if belongs(name, component)}
-    return part

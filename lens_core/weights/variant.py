@@ -30,8 +30,8 @@ def variant_of(name: str, metadata: dict[str, str] | None = None) -> Variant:
 
 
 def variant_at(path: Path, metadata: dict[str, str] | None = None) -> Variant:
-    """The same of a file or folder: by its metadata, else by the nearest that tells: its own name, a link's or
-    what it leads to; where a folder's configuration says it comes from; the folders that it lies in."""
+    """The same of a file or folder: by its metadata, else by the nearest that tells: its own name, a link's
+    or what it leads to; where a folder's configuration says it comes from; the folders that it lies in."""
     told = (metadata or {}).get("lens.variant")
     names = [told] if told else _names(path)
     return next((variant for variant in map(_told, names) if variant is not None), LENS)
