@@ -22,14 +22,11 @@ class LensDoctor(io.ComfyNode):
             ),
             search_aliases=["microsoft lens", "check", "diagnose", "debug", "bug report", "sha256", "health"],
             inputs=[
-                io.Model.Input("model", optional=True, tooltip="To be described."),
-                io.Clip.Input("clip", optional=True, tooltip="To be described."),
-                io.Vae.Input("vae", optional=True, tooltip="To be described."),
                 io.String.Input(
                     "files",
                     multiline=True,
                     default=ALL,
-                    tooltip="Names as the Lens loaders list them, one a line; all: every one. Empty: none.",
+                    tooltip="Names as the Lens loaders list them, one a line; all: every file. Empty: none.",
                 ),
                 io.Boolean.Input(
                     "hash",
@@ -44,6 +41,9 @@ class LensDoctor(io.ComfyNode):
                         "Lens (denoiser) and diffusers (VAE). Takes minutes; models leave the GPU first."
                     ),
                 ),
+                io.Model.Input("model", optional=True, tooltip="To be described."),
+                io.Clip.Input("clip", optional=True, tooltip="To be described."),
+                io.Vae.Input("vae", optional=True, tooltip="To be described."),
             ],
             hidden=[io.Hidden.unique_id],
             outputs=[io.String.Output(display_name="report", tooltip="The text that the node shows.")],

@@ -57,8 +57,8 @@ def _graph_difference(device: torch.device, dtype: torch.dtype) -> float:
     own = x.clone()
     with torch.cuda.device(device):
         torch.cuda.synchronize(device)
-        with torch.cuda.stream(torch.cuda.Stream(device)):  # cuBLAS takes memory at its first call, which cannot be recorded
-            F.linear(own, weight)
+        with torch.cuda.stream(torch.cuda.Stream(device)):
+            F.linear(own, weight)  # cuBLAS takes memory at its first call, which cannot be recorded
         torch.cuda.synchronize(device)
         recorded = torch.cuda.CUDAGraph()
         with torch.cuda.graph(recorded):

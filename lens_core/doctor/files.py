@@ -67,11 +67,12 @@ class Files:
 
 
 def find(paths: Sequence[Path], whole: bool = False) -> list[Item]:
-    """What is to be looked at: the files named, and in folders those that a loader could take."""
-    items = []
+    """What is to be looked at: the files named, and in folders those that a loader could take; each once."""
+    items: list[Item] = []
+    seen: set[Path] = set()
     for path in paths:
         if path.is_dir():
-            items += [Item(found, False, whole) for found in _within(path, set())]
+            items += [Item(found, False, whole) for found in _within(path, seen)]
         else:
             items.append(Item(path, True, whole))
     return items
@@ -80,7 +81,7 @@ def find(paths: Sequence[Path], whole: bool = False) -> list[Item]:
 def _within(folder: Path, seen: set[Path]) -> Iterator[Path]:
     """Files and components' folders below ``folder``, in the order of their names."""
     real = folder.resolve()
-    if real in seen:  # a link to a folder above
+    if real in seen:  # named twice, or a link to a folder above
         return
     seen.add(real)
     entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))

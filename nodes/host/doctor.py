@@ -58,11 +58,10 @@ def report(model: Any, clip: Any, vae: Any, files: str, hashes: bool, parity: bo
 
 
 def chosen(files: str) -> list[Path]:
-    """The paths of options; raises SettingError for one that no loader lists."""
+    """The paths of options, or of all folders; raises SettingError for an option that there is not."""
     names = [line.strip() for line in files.splitlines() if line.strip()]
-    if names == [ALL]:
-        listed = [(component, name) for component in SUBFOLDERS for name in paths.choices(component)]
-        return list(dict.fromkeys(paths.path_of(component, name) for component, name in listed))
+    if names == [ALL]:  # whole folders: the lists leave damaged files out
+        return paths.roots()
     return [_path_of(name) for name in names]
 
 

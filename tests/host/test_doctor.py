@@ -98,10 +98,11 @@ def test_a_damaged_file_is_listed_and_marked(report, own_models):
     path = own_models / "diffusion_models" / "cut.safetensors"
     path.write_bytes(b"\x10")
     try:
-        text = report(files="cut.safetensors")
+        texts = [report(files=files) for files in ("cut.safetensors", "all")]
     finally:
         path.unlink()
-    assert "! cut.safetensors " in text and "BROKEN" in text
+    for text in texts:
+        assert "! cut.safetensors " in text and "BROKEN" in text
 
 
 @pytest.mark.parametrize("kind", ["bf16", "gguf"])
