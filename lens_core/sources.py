@@ -1,18 +1,18 @@
 """Where each file of Lens is published: mirrors in order, folder and name in ComfyUI, size and SHA-256.
 
-Pure data, and the sentences made of it. ``microsoft/Lens*`` was withdrawn, so the table names what lives.
-How each fact was confirmed:
+Pure data. ``microsoft/Lens*`` was withdrawn, so the table names what lives. How each fact was confirmed:
 
-- Comfy-Org/Lens: paths and names by the links of ComfyUI's own Lens templates and the repository's card; bytes
-  of the denoisers as its file list shows them. SHA-256 of ``lens_turbo_bf16`` by HartsyInference's pinned
-  catalogue alone; of ``gpt_oss_20b_nvfp4`` by that catalogue and by Civitai's mirror of it (103D7759C7).
-  Of ``lens_bf16`` and the mxfp8 files none was found: there the hub's own checksum is all.
-- The VAE: size and SHA-256 by SceneWorks' provenance test, which found the bytes equal in ``Comfy-Org/Lens``,
-  ``SceneWorks/Lens`` and ``black-forest-labs/FLUX.2-dev``.
-- openai/gpt-oss-20b: every size and SHA-256 by several independent programs that pin revision 6cee5e8.
-- SceneWorks/Lens, SceneWorks/Lens-Turbo (BF16 folders), YuCollection/Lens*-Diffusers (unmodified F32 folders),
-  rootonchair/Lens-GGUF, unsloth/gpt-oss-20b-GGUF, WaveCut/Lens-SDNQ-uint4-static: by their cards and file lists.
-- Jinstudio/Lens*, WaveCut/Lens-Turbo-SDNQ-uint4-static: by name only, so they come last or stand alone.
+- Comfy-Org/Lens: paths and names by the links of ComfyUI's own Lens templates and the repository's card;
+  gigabytes by its file list. SHA-256 of ``lens_turbo_bf16`` by HartsyInference's pinned catalogue alone, of
+  ``gpt_oss_20b_nvfp4`` by that and by Civitai's mirror of it (103D7759C7). None was found for ``lens_bf16``
+  and the mxfp8 files: there the checksum that the hub itself states is all.
+- The VAE: size and SHA-256 by SceneWorks' provenance test, which found the same bytes in Comfy-Org/Lens,
+  SceneWorks/Lens and black-forest-labs/FLUX.2-dev.
+- openai/gpt-oss-20b: sizes and SHA-256 by several independent programs that pin revision 6cee5e8.
+- SceneWorks/Lens{,-Turbo} (bf16), YuCollection/Lens{,-Turbo,-Base}-Diffusers (fp32, unmodified),
+  rootonchair/Lens-GGUF, unsloth/gpt-oss-20b-GGUF: by their cards and file lists.
+- WaveCut/Lens{,-Turbo}-SDNQ-uint4-static: by the card, and by programs that install them.
+- Jinstudio/Lens{,-Turbo,-Base}: by name only, so they come last.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class Published:
 class Mirror:
     """One place to take a component from, and where it goes below ComfyUI's models folder.
 
-    ``paths`` are files of the repository, or whole folders where they end in a slash. With a suffix ``name`` is
-    a file: there is one path, stored under that name. Without, ``name`` is a folder that keeps the paths.
+    ``paths`` are files of the repository, or whole folders where they end in a slash. A ``name`` with a
+    suffix is a file: there is one path, stored under that name. Without, it is a folder that keeps the paths.
     """
 
     repository: str
@@ -70,7 +70,7 @@ class Mirror:
 
 @dataclass(frozen=True)
 class Source:
-    """One component: what it is, and its mirrors, the first one first."""
+    """One component (denoiser, encoder, vae, or a folder of all): what it is, and its mirrors in order."""
 
     component: str
     what: str
@@ -125,6 +125,8 @@ def _folders(name: str, paths: tuple[str, ...], repositories: dict[str, float]) 
 
 _TRANSFORMER = ("transformer/",)
 _OPENAI = Mirror("openai/gpt-oss-20b", _GPT_OSS_FILES, _ENCODERS, "gpt-oss-20b", 13.79)
+# All that ``generate`` reads of a Lens folder.
+_WHOLE = ("transformer/", "text_encoder/", "vae/", "tokenizer/")
 _ENCODER_FOLDERS = _folders(
     "Lens-Turbo",
     ("text_encoder/", "tokenizer/"),
@@ -167,6 +169,35 @@ SOURCES = {
             "Lens-Base",
             _TRANSFORMER,
             {"YuCollection/Lens-Base-Diffusers": 16.42, "Jinstudio/Lens-Base": 16.42},
+        ),
+    ),
+    "lens-turbo-folder": Source(
+        "folder",
+        "Lens-Turbo whole, for the command line",
+        _folders(
+            "Lens-Turbo",
+            _WHOLE,
+            {
+                "SceneWorks/Lens-Turbo": 22.4,
+                "YuCollection/Lens-Turbo-Diffusers": 30.6,
+                "Jinstudio/Lens-Turbo": 30.6,
+            },
+        ),
+    ),
+    "lens-folder": Source(
+        "folder",
+        "Lens whole, for the command line",
+        _folders(
+            "Lens",
+            _WHOLE,
+            {"SceneWorks/Lens": 22.4, "YuCollection/Lens-Diffusers": 30.6, "Jinstudio/Lens": 30.6},
+        ),
+    ),
+    "lens-base-folder": Source(
+        "folder",
+        "Lens-Base whole, for the command line",
+        _folders(
+            "Lens-Base", _WHOLE, {"YuCollection/Lens-Base-Diffusers": 30.6, "Jinstudio/Lens-Base": 30.6}
         ),
     ),
     "lens-turbo-mxfp8": Source(
@@ -231,14 +262,14 @@ BUNDLES = {
     **{name: (name,) for name in SOURCES},
 }
 
-# The component's first answer to "which file is missing?".
+# What a loader that has nothing to offer names first.
 USUAL = {"denoiser": "lens-turbo-denoiser", "encoder": "encoder", "vae": "vae"}
 
 
 def known(name: str) -> Published | None:
     """What is published of a file, by its name or path; None for a file that is not in the table.
 
-    A shard's name is told from another model's by its folder: ``gpt-oss-20b/model-00000-of-00002.safetensors``.
+    A shard is told from another model's by its folder: ``gpt-oss-20b/model-00000-of-00002.safetensors``.
     """
     parts = PurePosixPath(name.replace("\\", "/")).parts
     for place, published in PUBLISHED.items():
@@ -246,3 +277,21 @@ def known(name: str) -> Published | None:
         if parts[-len(wanted) :] == wanted:
             return published
     return None
+
+
+def published_as(component: str, name: str) -> str | None:
+    """The key of the source that is called so in ComfyUI, by its first mirror; None for other names."""
+    wanted = PurePosixPath(name.replace("\\", "/")).name
+    for key, source in SOURCES.items():
+        if source.component in (component, "folder") and source.mirrors[0].name == wanted:
+            return key
+    return None
+
+
+def workflow_model(mirror: Mirror) -> dict[str, str]:
+    """A single file as ComfyUI's page wants it in a workflow's ``properties.models``, to offer its link."""
+    entry = {"name": mirror.name, "url": mirror.url}
+    published = PUBLISHED.get(mirror.place)
+    if published and published.sha256:
+        entry |= {"hash": published.sha256, "hash_type": "SHA256"}
+    return entry | {"directory": mirror.directory}
