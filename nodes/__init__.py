@@ -4,6 +4,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from .accelerate import LensAccelerate
 from .decode import LensVAEDecode
+from .doctor import LensDoctor
 from .encode import LensClearFeatureCache, LensTextEncode
 from .host.paths import register_folders
 from .latent import LensEmptyLatent
@@ -34,6 +35,7 @@ class LensExtension(ComfyExtension):
             LensEncoderLoader,
             LensVAELoader,
             LensMemoryEstimate,
+            LensDoctor,
             LensTextEncode,
             LensClearFeatureCache,
             LensEmptyLatent,

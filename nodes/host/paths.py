@@ -96,6 +96,13 @@ def _files(component: str, name: str | None) -> list[Path]:
     return sorted(filter(Path.is_file, path.rglob("*") if path.is_dir() else [path]))
 
 
+def roots() -> list[Path]:
+    """The folders that the lists are made from."""
+    keys = (*_HOST_FOLDER.values(), _CHECKPOINTS, *_WHOLE_MODELS)
+    found = (Path(root) for key in keys for root in folder_paths.get_folder_paths(key))
+    return list(dict.fromkeys(root for root in found if root.is_dir()))
+
+
 def tokenizer_places() -> list[Path]:
     """Folders where a tokenizer.json may lie that an encoder file does not bring along."""
     encoders = [Path(root) for root in folder_paths.get_folder_paths("text_encoders")]

@@ -55,6 +55,11 @@ NODES = {
         ["model", "clip", "vae", "latent", "steps", "text_tokens", "vram_gb"],
         [("estimate", "STRING")],
     ),
+    "LensDoctor": (
+        "Lens Doctor",
+        ["files", "hash", "parity", "model", "clip", "vae"],
+        [("report", "STRING")],
+    ),
     "LensTextEncode": (
         "Lens Text Encode",
         ["clip", "prompt", "negative", "extended", "template_date"],
@@ -225,6 +230,7 @@ def test_what_older_workflows_lack_is_optional(host):
         ("LensQuantizeModel", "overwrite"),
         ("LensLoraLoader", "block_strengths"),
         ("LensSaveModel", "overwrite"),
+        *(("LensDoctor", name) for name in ("model", "clip", "vae")),
     }
     _, negative = host.run("LensTextEncode", clip=_EchoClip(), prompt="x")
     assert negative == "encoded ''"
