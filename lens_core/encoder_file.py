@@ -7,6 +7,7 @@ and (for nvfp4) the final config are worked out when asked for.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +19,7 @@ from .config import EncoderConfig
 from .encoder import GptOssEncoder
 from .errors import CheckpointError
 from .prompt import PromptTokenizer
+from .prompt.tokenizer import library_errors
 from .weights.banks import ExpertQuantizer
 from .weights.encoder_layouts import encoder_config, encoder_layout, encoder_parts, settled
 from .weights.gguf import GgufCheckpoint, is_gguf
@@ -26,9 +28,11 @@ from .weights.identity import identity
 from .weights.keymap import ENCODER_UNUSED
 from .weights.loader import AnyCheckpoint, OnTensor, load_into, plan_load
 from .weights.reader import open_checkpoint
+from .weights.user_file import opened
 
 log = logging.getLogger(__name__)
 _TOKENIZER = "tokenizer.json"
+_LARGEST_TOKENIZER = 64 * 2**20
 
 
 class EncoderFile:
@@ -75,22 +79,27 @@ class EncoderFile:
 
         Other models' are passed over: folders of encoders may hold one each.
         """
-        if "tokenizer_json" in self.checkpoint.header:
-            content = bytes(self.checkpoint.read("tokenizer_json").tolist()).decode("utf-8", "replace")
-            return PromptTokenizer.from_json(content, f"the tokenizer in {self.name}")
+        inside = self.checkpoint.header.get("tokenizer_json")
+        if inside is not None:
+            source = f"the tokenizer in {self.name}"
+            _check_size(inside.nbytes, source)
+            return PromptTokenizer.from_json(_text(inside.bytes().numpy().tobytes()), source)
         places, unfit = self._places(), None
         for place in places:
             file = place / _TOKENIZER if place.is_dir() else place
             try:
-                if file.is_file():
-                    content = file.read_text(encoding="utf-8", errors="replace")
-                    return PromptTokenizer.from_json(content, str(file))
+                if os.path.isfile(file):
+                    _check_size(file.stat().st_size, str(file))
+                    with opened(file) as content:
+                        return PromptTokenizer.from_json(_text(content.read()), str(file))
             except CheckpointError as error:
                 unfit = unfit or str(error)
         if isinstance(self.checkpoint, GgufCheckpoint):
-            tokenizer = tokenizer_of(self.checkpoint)
+            source = f"the tokenizer in {self.name}"
+            with library_errors(source):
+                tokenizer = tokenizer_of(self.checkpoint)
             if tokenizer is not None:
-                return PromptTokenizer(tokenizer, f"the tokenizer in {self.name}")
+                return PromptTokenizer(tokenizer, source)
         if unfit is not None:
             raise CheckpointError(unfit)
         raise CheckpointError(
@@ -149,6 +158,18 @@ def _stamps(checkpoint: AnyCheckpoint) -> list[tuple[int, int] | None]:
     """Size and time of change of every file; None where it is gone."""
     stats = [path.stat() if path.is_file() else None for path in checkpoint.paths]
     return [stat and (stat.st_size, stat.st_mtime_ns) for stat in stats]
+
+
+def _check_size(size: int, source: str) -> None:
+    if size > _LARGEST_TOKENIZER:
+        raise CheckpointError(
+            f"{source} has {size:,} bytes; expected GPT-OSS's tokenizer.json, which has 28 million. Download "
+            "the file again."
+        )
+
+
+def _text(content: bytes) -> str:
+    return content.decode("utf-8", "replace")
 
 
 def _open(path: Path) -> AnyCheckpoint:

@@ -29,6 +29,7 @@ from .weights.keymap import VAE_DIFFUSERS, VAE_LDM
 from .weights.loader import OnTensor
 from .weights.reader import read_json
 
+_MOST_VAE_LAYERS = 16  # FLUX.2's has 2 in each of 4 blocks
 SUBFOLDERS = {"denoiser": "transformer", "encoder": "text_encoder", "vae": "vae"}
 
 
@@ -104,6 +105,7 @@ def load_vae(path: str | Path, dtype: torch.dtype, on_tensor: OnTensor | None = 
     config: dict[str, Any] = read_json(beside) if beside.is_file() else vae_config(checkpoint)
     source = beside if beside.is_file() else checkpoint.name
     try:
+        _check_counts(config)
         with torch.device("meta"):
             vae = LensVAE(config)
     except MissingPackage:
@@ -116,3 +118,13 @@ def load_vae(path: str | Path, dtype: torch.dtype, on_tensor: OnTensor | None = 
     counter = ("model.bn.num_batches_tracked",)
     load_into(vae, checkpoint, table, dtype, optional=counter, on_tensor=on_tensor)
     return vae.eval()
+
+
+def _check_counts(config: dict[str, Any]) -> None:
+    """Raise ValueError where the VAE would be built of so many layers that this would take minutes."""
+    layers = config.get("layers_per_block", 2)
+    if isinstance(layers, int) and layers > _MOST_VAE_LAYERS:
+        raise ValueError(f"{layers:,} layers_per_block")
+    for name, value in config.items():
+        if isinstance(value, list) and len(value) > _MOST_VAE_LAYERS:
+            raise ValueError(f"{len(value):,} {name}")

@@ -82,7 +82,7 @@ def _from_metadata(checkpoint: Any) -> dict[str, LayerFormat]:
         return {}
     try:
         layers = dict(json.loads(text)["layers"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(
             f"{checkpoint.name} says in its metadata that it is quantised, but not how ({error}). Download "
             "it again."

@@ -17,6 +17,8 @@ from .loader import AnyCheckpoint
 from .reader import Checkpoint
 
 Shape = tuple[int, ...]
+# Lens has 48, GPT-OSS-20B 24.
+_MOST_LAYERS = 128
 
 _LENS = r"(?:^|\.)transformer_blocks\.0\.attn\.img_qkv\.weight$"
 # (what it is, a pattern that one of its tensor names matches); the first row that matches wins.
@@ -73,7 +75,7 @@ def describe(checkpoint: AnyCheckpoint) -> str:
 def _describe_gguf(checkpoint: GgufCheckpoint) -> str:
     architecture = checkpoint.metadata.get("general.architecture", "an unnamed architecture")
     parts = checkpoint.metadata.get("split.count", 1)
-    if parts > 1:
+    if isinstance(parts, int) and parts > 1:
         return f"one of {parts} parts of a GGUF (llama-gguf-split --merge joins them)"
     # By its tensors: nobody has agreed on an architecture's name for it.
     if any(re.search(_LENS, name) for name in checkpoint.header):
@@ -143,7 +145,7 @@ def variant_of(name: str, metadata: dict[str, str] | None = None) -> Variant:
 
     Lens itself (RL-tuned) when neither says otherwise.
     """
-    text = ((metadata or {}).get("lens.variant") or name).lower()
+    text = str((metadata or {}).get("lens.variant") or name).lower()
     if "turbo" in text:
         return LENS_TURBO
     return LENS_BASE if "base" in re.split(r"[^a-z0-9]+", text) else LENS
@@ -169,7 +171,8 @@ def shape_reader(checkpoint: AnyCheckpoint, source: dict[str, str]) -> Callable[
 
 
 def count(names: Iterable[str], pattern: str) -> int:
-    """One more than the largest number that ``pattern``'s group finds in the names."""
+    """One more than the largest number that ``pattern``'s group finds in the names, at most _MOST_LAYERS: a
+    module is built of so many, before it is compared with the file."""
     search = re.compile(pattern).search
     found = {int(match[1]) for match in map(search, names) if match}
-    return max(found, default=-1) + 1
+    return min(max(found, default=-1) + 1, _MOST_LAYERS)

@@ -17,6 +17,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..errors import CheckpointError
+
 # Names as safetensors spells them; GGUF's F64, F32, F16 and BF16 are the same.
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -61,9 +63,14 @@ class TensorInfo:
         if length <= 0:
             return torch.empty(max(stop - start, 0), row, dtype=torch.uint8)
         skipped = first % mmap.ALLOCATIONGRANULARITY
-        with self.path.open("rb") as file:
-            access = mmap.ACCESS_COPY  # writable for torch's sake; nothing is ever written
-            pages = mmap.mmap(file.fileno(), skipped + length, access=access, offset=first - skipped)
+        access = mmap.ACCESS_COPY  # writable for torch's sake; nothing is ever written
+        try:
+            with self.path.open("rb") as file:
+                pages = mmap.mmap(file.fileno(), skipped + length, access=access, offset=first - skipped)
+        except (OSError, ValueError) as error:  # ValueError: the file ends before the tensor
+            raise CheckpointError(
+                f"{self.path} has been changed or removed since it was opened ({error}). Choose it again."
+            ) from error
         return torch.frombuffer(pages, dtype=torch.uint8, offset=skipped).view(stop - start, row)
 
     def values(self, start: int = 0, stop: int | None = None) -> Tensor:
