@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, MissingPackage
-from .tensor_info import TensorInfo
+from .tensor_info import TensorInfo, is_addressable
 from .user_file import opened
 
 MAGIC = b"GGUF"
@@ -26,7 +26,7 @@ SCALARS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=T
 LENGTH = struct.Struct("<Q")
 # A denoiser's header has 0.1 MB, one with a tokenizer 12 MB: the first piece is often all.
 _PIECES = (2**20, 32 * 2**20)
-_MOST_TENSORS, _MOST_KEYS = 100_000, 10_000
+_MOST_TENSORS, _MOST_KEYS = 50_000, 10_000
 _MOST_DIMENSIONS = 8
 _LONGEST_NAME = 500
 _LARGEST_ALIGNMENT = 2**20
@@ -164,6 +164,8 @@ class _Parser:
         if dimensions > _MOST_DIMENSIONS:
             raise _damaged(f"{name} has {dimensions:,} dimensions")
         sizes = [self._scalar("Q") for _ in range(dimensions)]
+        if not is_addressable(sizes):
+            raise _damaged(f"{name} has the shape {sizes}")
         return name, (tuple(reversed(sizes)), self._scalar("I"), self._scalar("Q"))
 
 

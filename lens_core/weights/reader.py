@@ -19,8 +19,8 @@ from .tensor_info import DTYPES, TensorInfo, cast
 from .user_file import read_json
 
 __all__ = ["Checkpoint", "open_checkpoint", "read_json"]
-# Fifty times what Lens and GPT-OSS have: what costs time for each tensor ends soon.
-MOST_TENSORS = 100_000
+# Twenty times what Lens and GPT-OSS have: what costs time for each tensor ends soon.
+MOST_TENSORS = 50_000
 _MOST_SHARDS = 1000
 
 
@@ -95,13 +95,13 @@ def _files_of_index(index: Path) -> list[Path]:
             f"{index.name} in {folder} lists {len(names):,} files; expected at most {_MOST_SHARDS:,}. "
             "Download it again."
         )
-    outside = [name for name in names if _leaves(name)]
+    outside = [ascii(name) for name in names if _leaves(name)]
     if outside:
         raise CheckpointError(
             f"{index.name} in {folder} lists files outside that folder, where nothing is read: "
             f"{first_of(outside)}. Download the folder from its publisher."
         )
-    lacking = [name for name in names if not os.path.isfile(folder / name)]
+    lacking = [ascii(name)[1:-1] for name in names if not os.path.isfile(folder / name)]
     if lacking or not names:
         listed = first_of(lacking) or "every shard (its weight_map is empty)"
         raise CheckpointError(

@@ -15,11 +15,13 @@ from typing import Any
 
 from ..errors import CheckpointError
 from .other_formats import START, other_format
-from .tensor_info import TensorInfo
+from .tensor_info import TensorInfo, is_addressable
 from .user_file import opened
 
 # Of published files none has a header of more than 2 MB; metadata written by trainers can have more.
 LARGEST_HEADER = 16 * 2**20
+# Braces and brackets: a tensor has three. What these cost to parse is bounded, unlike what 16 MB could hold.
+_MOST_PARTS = 200_000
 _LONGEST_NAME = 500
 _MOST_DIMENSIONS = 16
 # Bits of a number, by the dtypes' names.
@@ -64,8 +66,10 @@ def _parse(path: Path, text: bytes, length: int, size: int) -> tuple[dict[str, T
         raise damaged("no header of a possible length" if length > LARGEST_HEADER else "no header")
     if len(text) < length:
         raise _Odd(f"is cut short: {size:,} bytes instead of {8 + length:,} or more")
+    if text.count(b"{") + text.count(b"[") > _MOST_PARTS:
+        raise damaged("its header lists more than any model has")
     try:
-        header = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
+        header = json.loads(text.decode("utf-8"), object_pairs_hook=_unique, parse_int=_size)
         metadata = _metadata(header.pop("__metadata__", {}))
         tensors = {name: _tensor(path, name, entry, 8 + length) for name, entry in header.items()}
         end = _end(tensors, 8 + length)
@@ -84,6 +88,12 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
+def _size(text: str) -> int:
+    if text.startswith("-"):
+        raise ValueError(f"its header has the number {text:.40}")
+    return int(text)
+
+
 def _metadata(found: Any) -> dict[str, str]:
     if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
         raise ValueError("its metadata are not texts")
@@ -100,7 +110,7 @@ def _tensor(path: Path, name: str, entry: Any, data: int) -> TensorInfo:
     dtype, shape, span = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in _BITS:
         raise ValueError(f"{name} has the unknown dtype {dtype!r:.40}")
-    if not _are_sizes(shape) or len(shape) > _MOST_DIMENSIONS:
+    if not _are_sizes(shape) or len(shape) > _MOST_DIMENSIONS or not is_addressable(shape):
         raise ValueError(f"{name} has the shape {shape!r:.80}")
     if not _are_sizes(span) or len(span) != 2:
         raise ValueError(f"{name} has the place {span!r:.80}")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,6 +86,11 @@ class TensorInfo:
         rows = self.shape[0] if self.shape else 1
         step = max(1, _PIECE * rows // max(self.nbytes, 1))
         return ((start, min(start + step, rows)) for start in range(0, rows, step))
+
+
+def is_addressable(shape: Sequence[int]) -> bool:
+    """Whether torch can have a tensor of this shape: its strides fit into 63 bits, even if it is empty."""
+    return math.prod(max(size, 1) for size in shape) < 2**63
 
 
 def cast(info: TensorInfo, dtype: torch.dtype) -> Tensor:
