@@ -17,7 +17,7 @@ class LensError(Exception):
     """
 
     def __init__(self, message: str) -> None:
-        shown = "".join(_escaped(letter) for letter in _shortened(message))
+        shown = "".join(_escaped(letter) for letter in _shortened(message.replace("\n", " ")))
         super().__init__(shown)
 
 
@@ -27,7 +27,7 @@ def _shortened(message: str) -> str:
 
 
 def _escaped(letter: str) -> str:
-    return letter if letter.isprintable() or letter == "\n" else ascii(letter)[1:-1]
+    return letter if letter.isprintable() else ascii(letter)[1:-1]
 
 
 class CheckpointError(LensError):

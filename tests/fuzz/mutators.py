@@ -75,7 +75,7 @@ DTYPES = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "U8", "I8", "BOOL", 
 
 def value(rng: Random) -> Any:
     """Any JSON value, likely the wrong one; at times in others."""
-    found = rng.choice(VALUES)
+    found = deepcopy(rng.choice(VALUES))
     for _ in range(rng.choice((0, 0, 0, 0, 1, 2, 60))):
         found = [found] if rng.random() < 0.5 else {"x": found}
     return found
