@@ -75,15 +75,19 @@ def test_example_workflow_is_well_formed(server: ComfyServer, path: Path):
     assert any(node["properties"].get("models") for node in ours)
 
 
-def test_steps_and_cfg_follow_the_checkpoint(server: ComfyServer, picture_prompt):
-    """Swapping the checkpoint swaps its settings: the wired sampler takes 4 steps, then 20."""
-    counts = {}
-    for name in ("lens_turbo_tiny_bf16.safetensors", "lens_tiny_bf16.safetensors"):
-        prompt = picture_prompt(
-            model__model_name=name, sampler__steps=["model", 1], sampler__cfg=["model", 2]
-        )
+def test_swapping_the_checkpoint_runs_what_it_changes_alone(server: ComfyServer, picture_prompt):
+    """The wired sampler takes the checkpoint's own steps; encoder, VAE and encoded prompt are used again."""
+    server.free()
+    kept = {"encoder", "vae", "text", "size"}
+    settings = {"sampler__steps": ["model", 1], "sampler__cfg": ["model", 2]}
+    names = {"lens_turbo_tiny_bf16": 4, "lens_tiny_bf16": 20, "Lens-Turbo-tiny": 4}
+    for number, (name, steps) in enumerate(names.items()):
+        model = name if name == "Lens-Turbo-tiny" else f"{name}.safetensors"
+        prompt = picture_prompt(model__model_name=model, **settings)
         before = len(server.log.read_text(errors="replace"))
-        assert error_of(server.wait(server.queue(prompt))) is None
-        counts[name] = server.log.read_text(errors="replace")[before:]
-    assert "4/4" in counts["lens_turbo_tiny_bf16.safetensors"]
-    assert "20/20" in counts["lens_tiny_bf16.safetensors"]
+        entry = server.wait(server.queue(prompt))
+        assert error_of(entry) is None, str(error_of(entry))
+        assert f"{steps}/{steps}" in server.log.read_text(errors="replace")[before:]
+        messages = dict(entry["status"]["messages"])
+        assert kept & set(messages["execution_cached"]["nodes"]) == (kept if number else set())
+        assert not {"model", "sampler", "decode"} & set(messages["execution_cached"]["nodes"])

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lens_core.encoder import GptOssEncoder, PrefixCache, encode_prompts
-from lens_core.kernels import backend, choose, registry
+from lens_core.kernels import backend, choose, eager, registry
 from lens_core.kernels.triton import launch
 from lens_core.loading import load_encoder
 from tests.compare import per_token_l2
@@ -42,7 +42,10 @@ def encode(encoder: GptOssEncoder, cache: PrefixCache | None = None) -> list[Ten
 
 
 def test_features_equal_the_definitions(encoder: GptOssEncoder, monkeypatch: pytest.MonkeyPatch):
-    got = encode(encoder)
+    """And a first run, which computes the prefix, gives the same bits as later ones."""
+    cache = PrefixCache()
+    got = encode(encoder, cache)
+    assert all(map(torch.equal, got, encode(encoder, cache)))
     assert choose(CPU, HALF, encoder.experts[0].bank(), encoder.largest_scale()).name == "triton"
     monkeypatch.setattr("lens_core.kernels.choose", lambda *_: registry.EAGER)
     for one, want in zip(got, encode(encoder), strict=True):
@@ -50,14 +53,7 @@ def test_features_equal_the_definitions(encoder: GptOssEncoder, monkeypatch: pyt
         assert per_token_l2(one, want).median() < 2e-3
 
 
-def test_a_first_run_gives_the_same_bits_as_later_ones(encoder: GptOssEncoder):
-    cache = PrefixCache()
-    for cold, warm in zip(encode(encoder, cache), encode(encoder, cache), strict=True):
-        assert torch.equal(cold, warm)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("form", ["mxfp4", "nvfp4"])
+@pytest.mark.parametrize(("form", "dtype"), [("mxfp4", torch.bfloat16), ("nvfp4", torch.float16)])
 def test_the_self_test_passes(form: str, dtype: torch.dtype):
     # The interpreter cuts fp32 to bf16 instead of rounding it, which attention adds up.
     limit = backend.SELF_TEST_LIMIT * (1 if dtype == torch.float16 else 2)
@@ -66,7 +62,7 @@ def test_the_self_test_passes(form: str, dtype: torch.dtype):
 
 def wrong(name: str) -> Callable[..., Any]:
     """The operation, slightly off."""
-    right = getattr(launch, name)
+    right = getattr(eager, name)
 
     def operation(*args: Any) -> Any:
         result = right(*args)
@@ -81,7 +77,7 @@ def wrong(name: str) -> Callable[..., Any]:
 
 def nothing(name: str) -> Callable[..., Any]:
     """The operation, all NaN."""
-    right = getattr(launch, name)
+    right = getattr(eager, name)
 
     def operation(*args: Any) -> Any:
         result = right(*args)
@@ -113,6 +109,11 @@ def test_a_kernel_that_fails_its_self_test_is_not_used(
 ):
     bank = registry.random_bank(8, 64, 64, "mxfp4", torch.Generator(), CPU)
     monkeypatch.setattr(backend, "interpreted", lambda: False)  # where it would not be tested
+    for other in ("add_norm", "attention", "route", "experts"):  # the right ones quickly
+        monkeypatch.setattr(launch, other, getattr(eager, other))
+    assert registry.why_not_triton(CPU, HALF, bank) is None
+    registry.triton_kernels.cache_clear()
+    registry._self_test.cache_clear()
     monkeypatch.setattr(launch, operation, mistake(operation))
     reason = registry.why_not_triton(CPU, HALF, bank)
     assert reason is not None and said in reason
