@@ -17,9 +17,9 @@ from .quant.layer_format import LayerFormat
 from .quant.linear import Packed
 from .quant.policy import AUTO, MODES, NONE, Mode
 from .quantized import linear_sizes, replace_linears
-from .weights import DENOISER, denoiser_config, load_into, open_checkpoint
-from .weights.gguf import GgufCheckpoint, is_gguf
+from .weights import DENOISER, denoiser_config, load_into
 from .weights.keymap import rename
+from .weights.kind import open_part
 from .weights.loader import AnyCheckpoint, OnTensor, Source, Stored
 from .weights.quantized import UNUSED, stored_layers
 from .weights.quantized_part import QuantizedPart
@@ -32,10 +32,10 @@ class DenoiserFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.checkpoint: AnyCheckpoint = GgufCheckpoint(path) if is_gguf(path) else open_checkpoint(path)
+        self.checkpoint: AnyCheckpoint = open_part(path, "denoiser")
         self.config = denoiser_config(self.checkpoint)
         self.sizes = linear_sizes(LensDenoiser(self.config, device="meta"))
-        source = rename(self.checkpoint.header, DENOISER)
+        source = rename(self.checkpoint.header, DENOISER, file=self.checkpoint.name)
         self.stored = stored_layers(self.checkpoint, source, self.sizes)
 
     def mode(self, quantization: str, device: torch.device, free: int | None = None) -> str:

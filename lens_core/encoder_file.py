@@ -22,12 +22,12 @@ from .prompt import PromptTokenizer
 from .prompt.tokenizer import library_errors
 from .weights.banks import ExpertQuantizer
 from .weights.encoder_layouts import encoder_config, encoder_layout, encoder_parts, settled
-from .weights.gguf import GgufCheckpoint, is_gguf
+from .weights.gguf import GgufCheckpoint
 from .weights.gguf_tokenizer import tokenizer_of
 from .weights.identity import identity
-from .weights.keymap import ENCODER_UNUSED
+from .weights.keymap import ENCODER_UNUSED, PREFIXES, rename
+from .weights.kind import open_part
 from .weights.loader import AnyCheckpoint, OnTensor, load_into, plan_load
-from .weights.reader import open_checkpoint
 from .weights.user_file import opened
 
 log = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ class EncoderFile:
     def __init__(self, path: Path, tokenizer_places: Sequence[Path] = ()) -> None:
         self.path = path
         self.tokenizer_places = tuple(tokenizer_places)
-        self.checkpoint: AnyCheckpoint = _open(path)
+        self.checkpoint: AnyCheckpoint = open_part(path, "encoder")
         self._opened = _stamps(self.checkpoint)
         self.layout = encoder_layout(self.checkpoint)
         self._sizes = encoder_config(self.checkpoint, self.layout)
@@ -79,9 +79,9 @@ class EncoderFile:
 
         Other models' are passed over: folders of encoders may hold one each.
         """
-        inside = self.checkpoint.header.get("tokenizer_json")
-        if inside is not None:
-            source = f"the tokenizer in {self.name}"
+        embedded = rename(self.checkpoint.header, PREFIXES["encoder"], file=self.name).get("tokenizer_json")
+        if embedded is not None:
+            source, inside = f"the tokenizer in {self.name}", self.checkpoint.header[embedded]
             _check_size(inside.nbytes, source)
             return PromptTokenizer.from_json(_text(inside.bytes().numpy().tobytes()), source)
         places, unfit = self._places(), None
@@ -170,11 +170,3 @@ def _check_size(size: int, source: str) -> None:
 
 def _text(content: bytes) -> str:
     return content.decode("utf-8", "replace")
-
-
-def _open(path: Path) -> AnyCheckpoint:
-    """By content, not by name; a folder without safetensors may hold one GGUF."""
-    if path.is_dir() and not any(path.glob("*.safetensors*")):
-        found = sorted(path.glob("*.gguf"))
-        path = found[0] if len(found) == 1 else path
-    return GgufCheckpoint(path) if is_gguf(path) else open_checkpoint(path)

@@ -24,19 +24,25 @@ from .prompt import PromptTokenizer
 from .quant.policy import NONE
 from .vae import LensVAE
 from .weights import load_into, open_checkpoint, vae_config
-from .weights.detect import is_ldm_vae, require
+from .weights.detect import is_ldm_vae
 from .weights.keymap import VAE_DIFFUSERS, VAE_LDM
+from .weights.kind import part_of, require
 from .weights.loader import OnTensor
+from .weights.opening import SUBFOLDERS, component_path
 from .weights.reader import read_json
 
+__all__ = [
+    "SUBFOLDERS",
+    "build_denoiser",
+    "component_path",
+    "load_denoiser",
+    "load_encoder",
+    "load_vae",
+    "open_denoiser",
+    "open_encoder",
+]
+
 _MOST_VAE_LAYERS = 16  # FLUX.2's has 2 in each of 4 blocks
-SUBFOLDERS = {"denoiser": "transformer", "encoder": "text_encoder", "vae": "vae"}
-
-
-def component_path(path: str | Path, component: str) -> Path:
-    """The component's own folder if ``path`` is a whole Lens folder, else ``path`` itself."""
-    inside = Path(path) / SUBFOLDERS[component]
-    return inside if inside.is_dir() else Path(path)
 
 
 def load_denoiser(
@@ -99,8 +105,9 @@ def load_encoder(
 def load_vae(path: str | Path, dtype: torch.dtype, on_tensor: OnTensor | None = None) -> LensVAE:
     """The VAE on the CPU in ``dtype``, from either naming of its tensors."""
     path = component_path(path, "vae")
-    checkpoint = open_checkpoint(path)
-    require(checkpoint, "vae")
+    whole = open_checkpoint(path)
+    require(whole, "vae")
+    checkpoint = part_of(whole, "vae")
     beside = path / "config.json"
     config: dict[str, Any] = read_json(beside) if beside.is_file() else vae_config(checkpoint)
     source = beside if beside.is_file() else checkpoint.name

@@ -18,10 +18,9 @@ from .config import Variant
 from .denoiser import LensDenoiser
 from .denoiser_file import DenoiserFile
 from .errors import CheckpointError, SettingError
-from .loading import SUBFOLDERS
 from .quant.policy import MODES
 from .quantized import replace_linears
-from .weights import DENOISER, variant_of
+from .weights import DENOISER, variant_at
 from .weights.identity import identity
 from .weights.loader import OnTensor, Part, Plan, Source, plan_load
 from .weights.quantized import UNUSED
@@ -67,11 +66,8 @@ def quantize_file(
 
 
 def variant_of_file(file: DenoiserFile) -> Variant:
-    """Which published checkpoint it is, by its metadata, its name or that of its Lens folder, a link's or
-    what it leads to."""
-    inside = file.path.absolute().name == SUBFOLDERS["denoiser"]
-    path = file.path.absolute().parent if inside else file.path.absolute()
-    return variant_of(f"{path.name} {path.resolve().name}", file.checkpoint.metadata)
+    """Which published checkpoint it is."""
+    return variant_at(file.path, file.checkpoint.metadata)
 
 
 def _check(file: DenoiserFile, mode: str, target: Path) -> None:

@@ -35,8 +35,8 @@ class LensModelLoader(io.ComfyNode):
                     "model_name",
                     options=paths.choices("denoiser"),
                     tooltip=(
-                        "A file in models/diffusion_models (lens_bf16, lens_turbo_bf16), or a Lens "
-                        "folder in models/lens. The name tells Turbo and Base apart from Lens."
+                        "A file in models/diffusion_models (lens_bf16, lens_turbo_bf16) or checkpoints, or "
+                        "a Lens folder in models/lens or diffusers. The name tells Turbo and Base from Lens."
                     ),
                 ),
                 io.Combo.Input(
@@ -101,7 +101,7 @@ class LensEncoderLoader(io.ComfyNode):
                     options=paths.choices("encoder"),
                     tooltip=(
                         "GPT-OSS-20B: a folder of shards or a file (MXFP4, nvfp4, GGUF, bf16) in "
-                        "models/text_encoders, or a Lens folder in models/lens."
+                        "models/text_encoders, or a Lens folder in models/lens or diffusers."
                     ),
                 ),
                 io.Combo.Input(
@@ -172,7 +172,7 @@ class LensVAELoader(io.ComfyNode):
                 io.Combo.Input(
                     "vae_name",
                     options=paths.choices("vae"),
-                    tooltip="flux2-vae in models/vae, or a Lens folder in models/lens.",
+                    tooltip="flux2-vae in models/vae, or a Lens folder in models/lens or diffusers.",
                 )
             ],
             outputs=[io.Vae.Output(display_name="VAE", tooltip="For LensVAEDecode or any VAE node.")],

@@ -1,6 +1,6 @@
 """Every layout that GPT-OSS is published in, as one table: names, parts that need more than a rename.
 
-A layout is recognised by ``detect``; sizes come from shapes under the renamed names.
+A layout is recognised by ``kind``; sizes come from shapes under the renamed names.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ..config import EncoderConfig
 from ..errors import CheckpointError
 from ..quant.mxfp4 import BLOCK
 from .banks import DENSE, ExpertQuantizer, Shape3, dense_bank, gguf_banks, is_mxfp4, nvfp4_bank
-from .detect import count, require, shape_reader
+from .detect import count, shape_reader
 from .keymap import (
     ENCODER,
     ENCODER_COMFY,
@@ -25,6 +25,7 @@ from .keymap import (
     Table,
     rename,
 )
+from .kind import require
 from .loader import AnyCheckpoint, Part, Source, Stored
 
 _LONGEST_ENTRY = 2**16  # bytes of a comfy_quant tensor
@@ -75,7 +76,7 @@ def _gguf(prefix: str, config: EncoderConfig, quantize: ExpertQuantizer) -> list
     return gguf_banks(prefix, *sizes, quantize)
 
 
-# By what ``detect.describe`` calls the file.
+# By what ``kind.describe`` calls the file.
 LAYOUTS: dict[str, EncoderLayout] = {
     "a GPT-OSS encoder in MXFP4": EncoderLayout(ENCODER, _as_stored),
     "a GPT-OSS encoder in OpenAI's own layout": EncoderLayout(ENCODER_ORIGINAL, _as_stored, fused=True),
@@ -97,7 +98,7 @@ def encoder_layout(checkpoint: AnyCheckpoint) -> EncoderLayout:
 
 def encoder_config(checkpoint: AnyCheckpoint, layout: EncoderLayout) -> EncoderConfig:
     """Sizes of a GPT-OSS encoder, from its header; ``expert_format`` is the layout's."""
-    source = rename(checkpoint.header, layout.table)
+    source = rename(checkpoint.header, layout.table, file=checkpoint.name)
     shape = shape_reader(checkpoint, source)
     vocabulary, hidden = shape("embed_tokens.weight", 2)
     experts, inner = shape("layers.0.mlp.experts.down_proj_bias", 2)[0], _inner(source, shape)

@@ -12,15 +12,30 @@ from ..errors import CheckpointError
 
 Table = tuple[tuple[str, str], ...]
 
-DENOISER: Table = ((r"^(?:model\.diffusion_model|diffusion_model|transformer|net)\.", ""),)
+# What may stand before every name of a component: alone in a file, or beside others.
+PREFIXES: dict[str, Table] = {
+    "denoiser": ((r"^(?:model\.diffusion_model|diffusion_model|transformer|net)\.", ""),),
+    "encoder": (
+        (
+            r"^(?:text_encoders?|cond_stage_model|conditioner\.embedders\.\d+)\."
+            r"(?:gpt[_-]?oss[\w-]*\.)?(?:transformer\.)?",
+            "",
+        ),
+    ),
+    "vae": ((r"^(?:first_stage_model|vae)\.", ""),),
+}
+COMPONENTS = tuple(PREFIXES)
+_OWNER = re.compile("|".join(f"(?P<{component}>{table[0][0]})" for component, table in PREFIXES.items()))
+DENOISER: Table = PREFIXES["denoiser"]
 
 # Hugging Face's GPT-OSS, which are the module's names too but for ``model.``; the layouts below add
 # names of banks that are converted, by weights.banks.
-ENCODER: Table = ((r"^model\.", ""),)
+ENCODER: Table = (*PREFIXES["encoder"], (r"^model\.", ""))
 # ComfyUI's: a bank is a module of its own.
 ENCODER_COMFY: Table = (*ENCODER, (r"(\.mlp\.experts\.(?:gate_up|down)_proj)\.bias$", r"\1_bias"))
 # OpenAI's ``original/`` folder.
 ENCODER_ORIGINAL: Table = (
+    *PREFIXES["encoder"],
     (r"^embedding\.", "embed_tokens."),
     (r"^unembedding\.", "lm_head."),
     (r"^norm\.scale$", "norm.weight"),
@@ -51,10 +66,11 @@ ENCODER_GGUF: Table = (
 # Held by full GPT-OSS checkpoints, of no use to a feature extractor.
 ENCODER_UNUSED = (r"^lm_head\.weight$", r"^norm\.weight$", r"^tokenizer_json$")
 
-VAE_DIFFUSERS: Table = ((r"^(?:vae\.)?", "model."),)
+VAE_DIFFUSERS: Table = (*PREFIXES["vae"], (r"^", "model."))
 # CompVis/BFL naming of the same autoencoder; its up blocks count from the output side.
 VAE_LDM: Table = (
-    (r"^(?:first_stage_model\.|vae\.)?", "model."),
+    *PREFIXES["vae"],
+    (r"^", "model."),
     (r"\.(?:encoder\.)?quant_conv\.", ".quant_conv."),
     (r"\.(?:decoder\.)?post_quant_conv\.", ".post_quant_conv."),
     (r"\.nin_shortcut\.", ".conv_shortcut."),
@@ -71,10 +87,23 @@ VAE_LDM: Table = (
 )
 
 
-def rename(names: Iterable[str], table: Table, unused: Iterable[str] = ()) -> dict[str, str]:
+def owner(name: str) -> str:
+    """The component whose prefix stands before a stored name; "" where none does."""
+    match = _OWNER.match(name)
+    return (match.lastgroup or "") if match else ""
+
+
+def belongs(name: str, component: str) -> bool:
+    """Whether no other component's prefix stands before a stored name."""
+    return owner(name) in ("", component)
+
+
+def rename(
+    names: Iterable[str], table: Table, unused: Iterable[str] = (), *, file: str = "The file"
+) -> dict[str, str]:
     """Module name -> file name, without the names that match ``unused`` after renaming.
 
-    Raises CheckpointError where two names become one.
+    Raises CheckpointError where two names become one; it speaks of ``file``.
     """
     dropped = [re.compile(pattern) for pattern in unused]
     rows = [(re.compile(pattern), replacement) for pattern, replacement in table]
@@ -87,7 +116,7 @@ def rename(names: Iterable[str], table: Table, unused: Iterable[str] = ()) -> di
             continue
         if new in result:
             raise CheckpointError(
-                f"The file holds {new} twice, as {result[new]} and as {name}. Download it again."
+                f"{file} holds {new} twice, as {result[new]} and as {name}. Download it again."
             )
         result[new] = name
     return result

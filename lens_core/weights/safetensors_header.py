@@ -131,8 +131,6 @@ def _end(tensors: dict[str, TensorInfo], data: int) -> int:
     end = data
     for name, info in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
         if info.offset != end:
-            raise ValueError(
-                f"{name} begins at byte {info.offset:,}, not at {end:,}, the end of the others"
-            )
+            raise ValueError(f"{name} begins at byte {info.offset:,}, not at {end:,}, the end of the others")
         end += info.nbytes
     return end

@@ -34,7 +34,7 @@ from ...lens_core.loading import open_denoiser
 from ...lens_core.memory.estimate import denoiser_bytes
 from ...lens_core.quant.policy import NONE
 from ...lens_core.sampling import empirical_mu, norm_rescaled_guidance
-from ...lens_core.weights import variant_of
+from ...lens_core.weights import variant_at
 from ...lens_core.weights.loader import AnyCheckpoint
 from .denoiser import GRAPHS, RUN, HostDenoiser
 from .progress import on_progress
@@ -202,7 +202,7 @@ def load_model(
     quantised on the GPU, or on the CPU if the GPU has no room for one.
     """
     file = open_denoiser(path)
-    variant = variant_of(path.name, file.checkpoint.metadata)
+    variant = variant_at(file.path, file.checkpoint.metadata)
     management = comfy.model_management
     device, offload_device = management.get_torch_device(), management.unet_offload_device()
     supported = LensModelConfig.supported_inference_dtypes

@@ -1,7 +1,9 @@
 """Where ComfyUI keeps the files: combo options, and a chosen option's path.
 
-Single files come from ComfyUI's own folders; whole Lens folders (diffusers' layout) from
-``models/lens/<name>``; an encoder may also be a folder of shards below ``models/text_encoders``.
+Single files come from ComfyUI's own folders, files with several components from ``models/checkpoints``; whole
+Lens folders (diffusers' layout) from ``models/lens`` and ``models/diffusers``; a component's folder of shards
+may lie anywhere below the component's own folder. A list has only what its loader takes; a path is found for
+any name, so that a loader can say what an old workflow's file is.
 """
 
 from __future__ import annotations
@@ -14,10 +16,14 @@ import folder_paths
 
 from ...lens_core.errors import CheckpointError, SettingError
 from ...lens_core.loading import SUBFOLDERS, component_path
+from .kinds import holds
 
 _HOST_FOLDER = {"denoiser": "diffusion_models", "encoder": "text_encoders", "vae": "vae"}
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
+_INDEX = ".safetensors.index.json"
 LENS_FOLDER = "lens"
+# Where files with several components lie, and folders of whole models.
+_CHECKPOINTS, _WHOLE_MODELS = "checkpoints", (LENS_FOLDER, "diffusers")
 
 
 def register_folders() -> None:
@@ -27,19 +33,17 @@ def register_folders() -> None:
 
 
 def choices(component: str) -> list[str]:
-    """Combo options of a loader: single files, then folders."""
-    files = folder_paths.get_filename_list(_HOST_FOLDER[component])
-    singles = [name for name in files if not _SHARD.search(name)]
-    if component != "vae":
-        singles += [name for name in _ggufs(component) if name not in singles]
-    return singles + sorted(_folders(component))
+    """Combo options of a loader: single files that hold the component, then folders."""
+    found = {**_singles(component), **_folders(component)}
+    return [name for name, path in found.items() if holds(component_path(path, component), component)]
 
 
 def path_of(component: str, name: str) -> Path:
     """The file or folder of an option; raises CheckpointError where there is none."""
-    single = folder_paths.get_full_path(_HOST_FOLDER[component], name)
-    if single is not None:
-        return Path(single)
+    for key in (_HOST_FOLDER[component], _CHECKPOINTS):
+        single = folder_paths.get_full_path(key, name)
+        if single is not None:
+            return Path(single)
     folder = _folders(component).get(name)
     if folder is None:
         raise CheckpointError(
@@ -98,29 +102,50 @@ def tokenizer_places() -> list[Path]:
     """Folders where a tokenizer.json may lie that an encoder file does not bring along."""
     encoders = [Path(root) for root in folder_paths.get_folder_paths("text_encoders")]
     inside = [folder for root in encoders if root.is_dir() for folder in sorted(root.iterdir())]
-    lens = _subfolders(LENS_FOLDER, "tokenizer/tokenizer.json").values()
+    lens = _whole_models("tokenizer/tokenizer.json").values()
     return [*encoders, *filter(Path.is_dir, inside), *(folder / "tokenizer" for folder in lens)]
 
 
-def _ggufs(component: str) -> list[str]:
-    """Names of GGUF files in a component's folders, which ComfyUI's own list leaves out."""
-    roots = folder_paths.get_folder_paths(_HOST_FOLDER[component])
-    names = (name for root in roots for name in folder_paths.recursive_search(root, [".git"])[0])
-    return sorted({name for name in names if name.lower().endswith(".gguf")})
+def _singles(component: str) -> dict[str, Path]:
+    """Files by option, in the component's own folder and among the checkpoints."""
+    own = _HOST_FOLDER[component]
+    names = [(own, name) for name in folder_paths.get_filename_list(own)]
+    # ComfyUI's own list leaves them out.
+    names += [(own, name) for _, name in _below(own) if name.lower().endswith(".gguf")]
+    checkpoints = folder_paths.get_filename_list(_CHECKPOINTS)
+    names += [(_CHECKPOINTS, name) for name in checkpoints if name.endswith(".safetensors")]
+    found: dict[str, Path] = {}
+    for key, name in names:
+        path = None if _SHARD.search(name) else folder_paths.get_full_path(key, name)
+        if path is not None:
+            found.setdefault(name, Path(path))
+    return found
 
 
 def _folders(component: str) -> dict[str, Path]:
-    found = {}
-    if component == "encoder":
-        found = _subfolders("text_encoders", "*.safetensors.index.json")
-    return {**found, **_subfolders(LENS_FOLDER, f"{SUBFOLDERS[component]}/*.safetensors*")}
+    """Folders by option: of shards below the component's own folder, and of whole models."""
+    indexes = [(root, name) for root, name in _below(_HOST_FOLDER[component]) if name.endswith(_INDEX)]
+    shards = ((Path(root), os.path.dirname(name)) for root, name in reversed(indexes))
+    own = {folder: root / folder for root, folder in shards if folder}
+    whole = _whole_models(*(f"{SUBFOLDERS[component]}/*.{ending}" for ending in ("safetensors*", "gguf")))
+    return dict(sorted(own.items())) | dict(sorted(whole.items()))
 
 
-def _subfolders(key: str, holding: str) -> dict[str, Path]:
+def _below(key: str) -> list[tuple[str, str]]:
+    """Every file below the folders that ComfyUI searches for ``key``: the folder, and the name in it."""
+    return [
+        (root, name)
+        for root in folder_paths.get_folder_paths(key)
+        for name in folder_paths.recursive_search(root, [".git"])[0]
+    ]
+
+
+def _whole_models(*holding: str) -> dict[str, Path]:
+    """Folders <name> or <organisation>/<name> in which something matches one of the patterns."""
+    roots = [Path(root) for key in _WHOLE_MODELS for root in folder_paths.get_folder_paths(key)]
     return {
-        folder.name: folder
-        for root in map(Path, folder_paths.get_folder_paths(key))
-        if root.is_dir()
-        for folder in root.iterdir()
-        if folder.is_dir() and any(folder.glob(holding))
+        str(folder.relative_to(root)): folder
+        for root in reversed(roots)  # of two alike the first counts, as for ComfyUI
+        for folder in (*root.glob("*/"), *root.glob("*/*/"))
+        if any(any(folder.glob(pattern)) for pattern in holding)
     }

@@ -16,10 +16,10 @@ from lens_core.errors import CheckpointError
 from lens_core.loading import open_denoiser, open_encoder
 from lens_core.quant.linear import unpack
 from lens_core.weights import tensor_info
-from lens_core.weights.detect import describe
 from lens_core.weights.gguf import GgufCheckpoint
 from lens_core.weights.gguf_linear import TYPES, decode, empty, gguf_layers, repack
 from lens_core.weights.keymap import DENOISER, rename
+from lens_core.weights.kind import describe
 from lens_core.weights.quantized import warn_coarse
 from lens_core.weights.tensor_info import TensorInfo
 from tests import denoiser_gguf

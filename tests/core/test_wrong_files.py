@@ -105,10 +105,10 @@ def test_an_encoder_in_any_layout_is_named_to_the_other_loaders(tmp_path: Path, 
 
 
 def test_every_layout_of_the_encoder_that_is_recognised_is_read():
-    from lens_core.weights.detect import _KINDS
     from lens_core.weights.encoder_layouts import LAYOUTS
+    from lens_core.weights.kind import _LOOKS
 
-    recognised = {kind for kind, _ in _KINDS if kind.startswith(EXPECTED["encoder"])}
+    recognised = {look.called for look in _LOOKS if look.component == "encoder"}
     assert recognised | {"a GPT-OSS encoder in GGUF"} == set(LAYOUTS)
 
 

@@ -185,7 +185,9 @@ def _gguf(component: str, shapes: Shapes, values: list[tuple[bytes, int, bytes]]
     """Matrices whose names hold ``packed`` are Q8_0 (8) or, of rank 3, MXFP4 (39); the rest are F32 (0)."""
     tensors, at = [], 0
     for name, (_, shape) in shapes.items():
-        kind = (39 if len(shape) == 3 else 8) if packed in name and shape[-1] % 32 == 0 and len(shape) > 1 else 0
+        kind = (
+            (39 if len(shape) == 3 else 8) if packed in name and shape[-1] % 32 == 0 and len(shape) > 1 else 0
+        )
         tensors.append((name.encode(), list(reversed(shape)), kind, at))
         block, nbytes = {0: (1, 4), 8: (32, 34), 39: (32, 17)}[kind]
         at += -(-torch.Size(shape).numel() // block * nbytes // 32) * 32
@@ -196,7 +198,10 @@ def _gguf_encoder() -> Gguf:
     shapes: dict[str, tuple[str, Sequence[int]]] = {}
     for name, (dtype, shape) in _encoder().items():
         name = name.replace("model.layers.0.", "blk.0.").replace("model.embed_tokens", "token_embd")
-        for old, new in (("input_layernorm", "attn_norm"), ("post_attention_layernorm", "post_attention_norm")):
+        for old, new in (
+            ("input_layernorm", "attn_norm"),
+            ("post_attention_layernorm", "post_attention_norm"),
+        ):
             name = name.replace(old, new)
         name = name.replace("self_attn.sinks", "attn_sinks.weight").replace("self_attn.o_proj", "attn_output")
         name = name.replace("mlp.router", "ffn_gate_inp")

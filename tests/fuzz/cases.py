@@ -47,7 +47,9 @@ def _safetensors(rng: Random) -> Case:
     if rng.random() < 0.15:
         file = mutators.cut(rng, file)
     beside = {name: File.of(content) for name, content in good.beside.items()}
-    return Case(f"{title}: {mutate.__name__}", {"x.safetensors": file, **beside}, "x.safetensors", good.component)
+    return Case(
+        f"{title}: {mutate.__name__}", {"x.safetensors": file, **beside}, "x.safetensors", good.component
+    )
 
 
 def _gguf(rng: Random) -> Case:
@@ -118,7 +120,9 @@ def _bare(good: str) -> File:
     base = safetensors()[good]
     start, stop = base.header["tokenizer_json"]["data_offsets"]
     header = {
-        name: entry if name == "__metadata__" else {**entry, "data_offsets": [at - stop for at in entry["data_offsets"]]}
+        name: entry
+        if name == "__metadata__"
+        else {**entry, "data_offsets": [at - stop for at in entry["data_offsets"]]}
         for name, entry in base.header.items()
         if name != "tokenizer_json"
     }
@@ -129,7 +133,13 @@ def _without_tokenizer(good: Base | Gguf) -> File:
     return _bare("encoder") if isinstance(good, Base) else good.file()
 
 
-_FAMILIES: dict[Callable[[Random], Case], int] = {_safetensors: 55, _gguf: 30, _index: 6, _config: 3, _tokenizer: 6}
+_FAMILIES: dict[Callable[[Random], Case], int] = {
+    _safetensors: 55,
+    _gguf: 30,
+    _index: 6,
+    _config: 3,
+    _tokenizer: 6,
+}
 
 
 @cache
@@ -144,11 +154,31 @@ def fixed() -> list[Case]:
     ]
     for title, good in safetensors().items():
         file = good.good()
-        ends = {*range(20), len(file.start) - 1, len(file.start), len(file.start) + 1, file.size - 1, file.size + 1}
-        cases += [Case(f"{title} of {end} bytes", {"x.safetensors": File(file.start[:end], end)}, "x.safetensors", good.component) for end in sorted(ends)]
+        ends = {
+            *range(20),
+            len(file.start) - 1,
+            len(file.start),
+            len(file.start) + 1,
+            file.size - 1,
+            file.size + 1,
+        }
+        cases += [
+            Case(
+                f"{title} of {end} bytes",
+                {"x.safetensors": File(file.start[:end], end)},
+                "x.safetensors",
+                good.component,
+            )
+            for end in sorted(ends)
+        ]
     for title, gguf in ggufs().items():
         file = gguf.file()
-        cases += [Case(f"GGUF of a {title} of {end} bytes", {"x.gguf": File(file.start[:end], end)}, "x.gguf", title) for end in range(4, len(gguf.head()) + 40, 37)]
+        cases += [
+            Case(
+                f"GGUF of a {title} of {end} bytes", {"x.gguf": File(file.start[:end], end)}, "x.gguf", title
+            )
+            for end in range(4, len(gguf.head()) + 40, 37)
+        ]
     return cases
 
 

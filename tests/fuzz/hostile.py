@@ -89,7 +89,10 @@ def named() -> dict[str, tuple[bytes, str]]:
         "tflite": (b"\x1c\x00\x00\x00TFL3" + bytes(30), "a TensorFlow Lite model"),
         "onnx": (b"\x08\x08\x12\x07pytorch\x1a\x052.1.0:\x8a\x01\n\x10", "an ONNX model"),
         "tensorflow": (b"\x08\x01\x12\xb5\x91\x02\n\x80\x01\n\x04", "a TensorFlow model"),
-        "lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 82084\n", "a Git LFS pointer"),
+        "lfs": (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 82084\n",
+            "a Git LFS pointer",
+        ),
         "html": (b"\n\n<!DOCTYPE html><html></html>", "a web page"),
         "xml": (b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", "a web page"),
     }
@@ -105,8 +108,17 @@ def _gguf(counts: tuple[int, int], rest: bytes = b"", version: int = 3) -> bytes
 
 def unnamed() -> dict[str, bytes]:
     """What has no name, or asks for more than a computer has."""
-    tiny = ",".join(f'"t{index}":{{"dtype":"F32","shape":[],"data_offsets":[{4 * index},{4 * index + 4}]}}' for index in range(200_000))
-    empty = "{" + ",".join(f'"t{index}":{{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}' for index in range(250_000)) + "}"
+    tiny = ",".join(
+        f'"t{index}":{{"dtype":"F32","shape":[],"data_offsets":[{4 * index},{4 * index + 4}]}}'
+        for index in range(200_000)
+    )
+    empty = (
+        "{"
+        + ",".join(
+            f'"t{index}":{{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}' for index in range(250_000)
+        )
+        + "}"
+    )
     array = string(b"a") + struct.pack("<IIQ", 9, 9, 2**60)
     nested = string(b"a") + struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * 100_000
     return {
@@ -117,10 +129,18 @@ def unnamed() -> dict[str, bytes]:
         "a million tensors": _header(("{" + tiny + "}").encode(), 800_000),
         "a million tensors without bytes": _header(empty.encode()),
         "lists of nothing": _header(b'{"a":[' + b"[]," * 5_000_000 + b"[]]}"),
-        "objects of nothing": _header(b"{" + b",".join(b'"%x":{}' % index for index in range(1_300_000)) + b"}"),
-        "a long number": _header(b'{"a":{"dtype":"F32","shape":[' + b"9" * 10**6 + b'],"data_offsets":[0,0]}}'),
-        "many long numbers": _header(b'{"a":{"dtype":"F32","shape":[' + b",".join([b"9" * 4000] * 3000) + b'],"data_offsets":[0,0]}}'),
-        "a long name": _header(json.dumps({"a" * 10**7: {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}}).encode()),
+        "objects of nothing": _header(
+            b"{" + b",".join(b'"%x":{}' % index for index in range(1_300_000)) + b"}"
+        ),
+        "a long number": _header(
+            b'{"a":{"dtype":"F32","shape":[' + b"9" * 10**6 + b'],"data_offsets":[0,0]}}'
+        ),
+        "many long numbers": _header(
+            b'{"a":{"dtype":"F32","shape":[' + b",".join([b"9" * 4000] * 3000) + b'],"data_offsets":[0,0]}}'
+        ),
+        "a long name": _header(
+            json.dumps({"a" * 10**7: {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}}).encode()
+        ),
         "deeper than a stack": _header(b"[" * 10**7),
         "objects deeper than a stack": _header(b'{"a":' * 10**6),
         "gguf of 2**60 values": _gguf((0, 2**60)),
@@ -128,7 +148,9 @@ def unnamed() -> dict[str, bytes]:
         "gguf of tensors of nothing": _gguf((100_000, 0), bytes(24 * 100_000)),
         "gguf of 2**60 arrays": _gguf((0, 1), array + bytes(1000)),
         "gguf of nested arrays": _gguf((0, 1), nested),
-        "gguf of empty strings": _gguf((0, 1), string(b"a") + struct.pack("<IIQ", 9, 8, 3_000_000) + bytes(8 * 3_000_000)),
+        "gguf of empty strings": _gguf(
+            (0, 1), string(b"a") + struct.pack("<IIQ", 9, 8, 3_000_000) + bytes(8 * 3_000_000)
+        ),
         "gguf of 2**61 numbers": _gguf((0, 1), string(b"a") + struct.pack("<IIQ", 9, 12, 2**61)),
         "gguf of a long string": _gguf((0, 1), string(b"a") + struct.pack("<IQ", 8, 2**63) + bytes(2**21)),
         "big-endian gguf": b"GGUF" + struct.pack(">IQQ", 3, 1, 1),

@@ -70,7 +70,22 @@ VALUES: tuple[Any, ...] = (
     {"dtype": "F32"},
     *("F32", "F64", "BF16", "U8", "I8", "BOOL", "F8_E8M0", "F4", "F6_E2M3", "U16", "C64", "Q8_0", "f32"),
 )
-DTYPES = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "U8", "I8", "BOOL", "F8_E4M3", "F8_E5M2", "F4", "U16")
+DTYPES = (
+    "F64",
+    "F32",
+    "F16",
+    "BF16",
+    "I64",
+    "I32",
+    "I16",
+    "U8",
+    "I8",
+    "BOOL",
+    "F8_E4M3",
+    "F8_E5M2",
+    "F4",
+    "U16",
+)
 
 
 def value(rng: Random) -> Any:
@@ -183,7 +198,11 @@ def other_tensors(rng: Random, good: Base) -> File:
         entries[index] = rng.choice(
             (
                 (rng.choice(NAMES), dtype, shape),
-                (name, rng.choice(("U8", "BF16", "F8_E4M3", "F8_E5M2", "F32", "F8_E8M0", "F4", "I64")), shape),
+                (
+                    name,
+                    rng.choice(("U8", "BF16", "F8_E4M3", "F8_E5M2", "F32", "F8_E8M0", "F4", "I64")),
+                    shape,
+                ),
                 (name, dtype, [rng.choice((0, 1, 2, 3, 7, 64, 65, 4096)) for _ in range(rng.randint(0, 4))]),
                 (rng.choice(names), dtype, shape),
                 (name, dtype, shape[::-1]),
@@ -213,7 +232,9 @@ def changed_contents(rng: Random, good: Base) -> File:
         return changed_metadata(rng, good)
     if rng.random() < 0.5:
         return replace(good, data=spoil_bytes(rng, good.data)).good()
-    text = dumps(rng, spoil_json(rng, {"format": "nvfp4", "params": {"convrot": True}, "bits": 4, "group_size": 64}))
+    text = dumps(
+        rng, spoil_json(rng, {"format": "nvfp4", "params": {"convrot": True}, "bits": 4, "group_size": 64})
+    )
     text = text[: len(good.data)].ljust(len(good.data))
     return replace(good, data=text).good()
 
@@ -243,7 +264,7 @@ def other_encoding(rng: Random, good: Base) -> File:
 
 def deep(rng: Random, good: Base) -> File:
     """Nested further than any parser's stack goes."""
-    depth, (left, right) = rng.choice((500, 10_000, 200_000)), rng.choice(("[]", ("{\"a\":", "}")))
+    depth, (left, right) = rng.choice((500, 10_000, 200_000)), rng.choice(("[]", ('{"a":', "}")))
     middle = "0" if left != "[" else ""
     text = left * depth + middle + right * (depth if rng.random() < 0.7 else 0)
     return good.file(rng.choice(('{"a":%s}', "%s", '{"__metadata__":{"a":%s}}')).replace("%s", text).encode())
@@ -251,7 +272,9 @@ def deep(rng: Random, good: Base) -> File:
 
 def many(rng: Random, good: Base) -> File:
     """Thousands of tensors without a byte; one of them may make it a denoiser."""
-    name = rng.choice(("t%d", "transformer_blocks.%d.attn.img_qkv.weight", "layers.%d.mlp.experts.gate_up_proj_blocks"))
+    name = rng.choice(
+        ("t%d", "transformer_blocks.%d.attn.img_qkv.weight", "layers.%d.mlp.experts.gate_up_proj_blocks")
+    )
     entry = '":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}'
     text = "{" + ",".join(f'"{name % index}{entry}' for index in range(rng.choice((1000, 3000)))) + "}"
     return File.of(struct.pack("<Q", len(text)) + text.encode())
@@ -288,7 +311,9 @@ def _a_value(rng: Random) -> tuple[int, bytes]:
     """A type and bytes that may be one of it."""
     kind = rng.choice((*range(14), 255, 2**31))
     if kind == 8:
-        return kind, rng.choice((string(rng.choice(NAMES).encode("utf-8", "surrogatepass")), struct.pack("<Q", _number(rng))))
+        return kind, rng.choice(
+            (string(rng.choice(NAMES).encode("utf-8", "surrogatepass")), struct.pack("<Q", _number(rng)))
+        )
     if kind == 9:
         inner, count = rng.choice((*range(14), 99)), _number(rng)
         return kind, struct.pack("<IQ", inner, count) + bytes(rng.choice((0, 8, 1000)))

@@ -91,9 +91,13 @@ def _check(checkpoint: AnyCheckpoint) -> None:
     sizes = {path: path.stat().st_size for path in checkpoint.paths}
     small = sum(sizes.values()) < MEMORY // 8
     for name, info in checkpoint.header.items():
-        assert 0 <= info.offset <= info.offset + info.nbytes <= sizes[info.path], f"{name} lies outside: {info}"
+        assert 0 <= info.offset <= info.offset + info.nbytes <= sizes[info.path], (
+            f"{name} lies outside: {info}"
+        )
         if isinstance(checkpoint, Checkpoint):
-            assert info.nbytes * 8 == prod(info.shape) * _BITS.get(info.dtype, 8), f"{name} has another size: {info}"
+            assert info.nbytes * 8 == prod(info.shape) * _BITS.get(info.dtype, 8), (
+                f"{name} has another size: {info}"
+            )
         if small and len(checkpoint.header) < 200:
             with suppress(LensError):
                 assert list(checkpoint.read(name).shape) == list(info.shape) or info.dtype == "F4"
