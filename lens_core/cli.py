@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import logging
 import math
-import os
 import secrets
 import sys
 from collections.abc import Sequence
@@ -21,27 +20,25 @@ import torch
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from .cli_flags import ATTENTIONS, DTYPES, OFF, add_generate, default_cache
 from .cli_quantize import add_quantize, quantize
 from .config import PLACEMENTS, TEMPLATE_DATE, DenoiserConfig, EncoderOptions, Variant
-from .denoiser import DEFAULT_THRESHOLD, STEP_CACHE_OFF, BlockGraphs, StepCacheOptions
+from .denoiser import STEP_CACHE_OFF, BlockGraphs, StepCacheOptions
 from .errors import LensError, SettingError
 from .feature_cache import FeatureCache
 from .images import save_png
 from .interval import WHOLE, Interval
+from .lora.merge import Choice, parse_choice
 from .memory.plan import OFFLOADS
 from .ops import Attention, flash3_on
 from .pipeline import LensPipeline
 from .prompt import check_date, today
 from .quant.policy import CHOICES, NONE
-from .sampling import ASPECT_RATIOS, BASE_RESOLUTIONS, bucket, check_size
+from .sampling import bucket, check_size
 from .sampling.loop import OnStep
 from .weights import variant_of
 
 log = logging.getLogger(__name__)
-_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-_OFF = "off"
-# The denoiser's own choice, and what must be installed first.
-_ATTENTIONS = ("auto", "flash_attn3")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -51,28 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    generate = commands.add_parser(
-        "generate", help="make pictures", formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    add = generate.add_argument
-    add("--repo_id", required=True, metavar="PATH", help="a Lens folder in diffusers' layout")
-    add("--prompt", required=True, help="what to draw; several prompts are joined by |")
-    add("--negative_prompt", default="", help="what to avoid (only where cfg is not 1)")
-    add("--base_resolution", type=int, default=1440, help=f"one of {BASE_RESOLUTIONS}")
-    add("--aspect_ratio", default="1:1", help=f"width:height, one of {', '.join(ASPECT_RATIOS)}")
-    add("--height", type=int, default=None, help="with --width: a size outside the buckets")
-    add("--width", type=int, default=None, help="with --height: a size outside the buckets")
-    add("--steps", type=int, default=None, help="denoising steps; None: the checkpoint's own")
-    add("--cfg", type=float, default=None, help="guidance scale; None: the checkpoint's own")
-    add("--n", type=int, default=1, help="pictures per prompt")
-    add("--seed", type=int, default=None, help="None: a new one each time, written into the PNG")
-    add("--dtype", default="bfloat16", help=f"one of {', '.join(_DTYPES)}")
-    add("--device", default=device, help="where to compute")
-    add("--out", type=Path, default=Path("outputs"), help="folder for the pictures")
-    _add_saving_flags(generate)
-    _add_speed_flags(generate)
-    _add_memory_flags(generate)
-    _add_encoder_flags(generate)
+    add_generate(commands, device)
     cache = commands.add_parser("cache", help="show or clear the text features kept on disk")
     cache.add_argument("--folder", default=default_cache(), metavar="DIR", help="default: %(default)s")
     cache.add_argument("--clear", action="store_true", help="delete them")
@@ -80,58 +56,11 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_saving_flags(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("fewer evaluations, other pictures").add_argument
-    part = "guide in this part of the steps alone, e.g. 0.1 0.8 (step i of n is at i / n)"
-    whole = (WHOLE.start, WHOLE.end)
-    add("--guidance_interval", type=float, nargs=2, default=whole, metavar=("START", "END"), help=part)
-    skip = f"leave out most of a step that changes less than this, e.g. {DEFAULT_THRESHOLD}; 0: of none"
-    add("--step_cache", type=float, default=STEP_CACHE_OFF.threshold, metavar="THRESHOLD", help=skip)
-
-
-def _add_speed_flags(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("speed").add_argument
-    graphs = "record the denoiser's launches once and play them: faster where the GPU waits for the CPU"
-    add("--cuda_graphs", action="store_true", help=graphs)
-    add("--attention", default="auto", help=f"the denoiser's, one of {', '.join(_ATTENTIONS)}")
-    smaller = f"quantise the denoiser's weights, one of {', '.join(CHOICES)}; auto: if the GPU needs it"
-    add("--quant_transformer", default=NONE, metavar="MODE", help=smaller)
-
-
-def _add_memory_flags(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("GPU memory").add_argument
-    meaning = (
-        f"what leaves the GPU, one of {', '.join(OFFLOADS)}; auto: as little as fits, none: nothing, model "
-        "(or the flag alone): each component after its part, stream: that, and layers come one by one"
-    )
-    add("--offload", nargs="?", const="model", default="auto", metavar="MODE", help=meaning)
-    add("--vram_budget", type=float, default=None, metavar="GB", help="use no more of the GPU than this")
-
-
-def _add_encoder_flags(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("text encoder").add_argument
-    dense = "unpack the experts to bf16 once; needs about 45 GB for the encoder"
-    add("--disable_mxfp4", action="store_true", help=dense)
-    add("--encoder_placement", default="auto", help=f"where its layers lie, one of {', '.join(PLACEMENTS)}")
-    kept = f"keep text features here, so that a prompt is encoded once; {_OFF}: nowhere"
-    add("--feature_cache", default=default_cache(), metavar="DIR", help=kept)
-    add("--extended_prompt", action="store_true", help="do not cut prompts above 393 tokens (untrained)")
-    date = "date in the prompt's template: pinned, today (as the published script) or YYYY-MM-DD"
-    add("--template_date", default="pinned", help=date)
-
-
-def default_cache() -> str:
-    """Folder of kept text features below the user's cache folder; "off" for a user without a home."""
-    given = os.environ.get("XDG_CACHE_HOME", "")
-    # The XDG rule: a relative path there is ignored.
-    base = given if os.path.isabs(given) else os.path.expanduser("~/.cache")
-    return str(Path(base, "lens", "features")) if os.path.isabs(base) else _OFF
-
-
 def generate(args: argparse.Namespace) -> list[Path]:
     """Make and save the pictures; returns their paths. Raises LensError on bad settings."""
     dtype, variant, size = _check(args)
     options = _encoder_options(args)
+    loras = [parse_choice(text) for text in args.lora]
     guided, step_cache = _savings(args)
     attention = _attention(args, dtype)
     steps = variant.steps if args.steps is None else args.steps
@@ -139,7 +68,7 @@ def generate(args: argparse.Namespace) -> list[Path]:
     seed = secrets.randbelow(2**32) if args.seed is None else args.seed
     prompts = [prompt.strip() for prompt in args.prompt.split("|")]
     device = torch.device(args.device)
-    pipeline = _load(args, device, dtype, options)
+    pipeline = _load(args, device, dtype, options, loras)
     pipeline.attention, pipeline.graphs = attention, BlockGraphs() if args.cuda_graphs else None
     noise = pipeline.noise(seed, len(prompts) * args.n, size)
     paths = []
@@ -177,7 +106,7 @@ def generate(args: argparse.Namespace) -> list[Path]:
                 "device": device.type,
                 "checkpoint": Path(args.repo_id).resolve().name,
                 "variant": variant.name,
-                **_unusual(options, args.attention, guided, step_cache, pipeline.quantization),
+                **_unusual(options, args.attention, guided, step_cache, pipeline.quantization, loras),
             }
             paths.append(save_png(image, args.out, settings))
     if pipeline.graphs is not None:
@@ -186,12 +115,25 @@ def generate(args: argparse.Namespace) -> list[Path]:
 
 
 def _load(
-    args: argparse.Namespace, device: torch.device, dtype: torch.dtype, options: EncoderOptions
+    args: argparse.Namespace,
+    device: torch.device,
+    dtype: torch.dtype,
+    options: EncoderOptions,
+    loras: Sequence[Choice],
 ) -> LensPipeline:
-    with tqdm(desc="Loading", unit="tensor", leave=False, disable=None) as bar:
+    # Lines about the LoRAs get lines of their own above the bar.
+    with logging_redirect_tqdm(), tqdm(desc="Loading", unit="tensor", leave=False, disable=None) as bar:
         budget = _limited(device, args.vram_budget)
         return LensPipeline.from_folder(
-            args.repo_id, device, dtype, _count(bar), options, args.quant_transformer, args.offload, budget
+            args.repo_id,
+            device,
+            dtype,
+            _count(bar),
+            options,
+            args.quant_transformer,
+            args.offload,
+            budget,
+            loras,
         )
 
 
@@ -217,9 +159,9 @@ def _limited(device: torch.device, gigabytes: float | None) -> float | None:
 
 def _check(args: argparse.Namespace) -> tuple[torch.dtype, Variant, tuple[int, int]]:
     """Dtype, variant and (height, width) that the flags mean; raises before anything is loaded."""
-    if args.dtype not in _DTYPES:
+    if args.dtype not in DTYPES:
         reason = " (float16 overflows: Lens' values reach 1.4e5)" if args.dtype == "float16" else ""
-        raise SettingError(f"--dtype must be one of {', '.join(_DTYPES)}, got {args.dtype}{reason}.")
+        raise SettingError(f"--dtype must be one of {', '.join(DTYPES)}, got {args.dtype}{reason}.")
     if args.quant_transformer not in CHOICES:
         listed = ", ".join(CHOICES)
         raise SettingError(f"--quant_transformer must be one of {listed}, got {args.quant_transformer}.")
@@ -255,7 +197,7 @@ def _check(args: argparse.Namespace) -> tuple[torch.dtype, Variant, tuple[int, i
 
 def _dtype(args: argparse.Namespace) -> torch.dtype:
     """What the flag says, or float32 on a GPU that only imitates bfloat16."""
-    dtype, device = _DTYPES[args.dtype], torch.device(args.device)
+    dtype, device = DTYPES[args.dtype], torch.device(args.device)
     if dtype != torch.bfloat16 or device.type != "cuda":
         return dtype
     with torch.cuda.device(device):
@@ -270,8 +212,8 @@ def _dtype(args: argparse.Namespace) -> torch.dtype:
 
 def _attention(args: argparse.Namespace, dtype: torch.dtype) -> Attention | None:
     """The denoiser's attention that the flag means; raises before anything is loaded."""
-    if args.attention not in _ATTENTIONS:
-        raise SettingError(f"--attention must be one of {', '.join(_ATTENTIONS)}, got {args.attention}.")
+    if args.attention not in ATTENTIONS:
+        raise SettingError(f"--attention must be one of {', '.join(ATTENTIONS)}, got {args.attention}.")
     if args.attention == "auto":
         return None
     return flash3_on(torch.device(args.device), dtype, DenoiserConfig().attention_head_dim)
@@ -313,7 +255,7 @@ def _encoder_options(args: argparse.Namespace) -> EncoderOptions:
 
 
 def _cache_folder(flag: str, value: str) -> Path | None:
-    if value == _OFF:
+    if value == OFF:
         return None
     if not value.strip() or (Path(value).exists() and not Path(value).is_dir()):
         raise SettingError(f"{flag} must be a folder, got {value!r}, which is none. Give another.")
@@ -326,6 +268,7 @@ def _unusual(
     guided: Interval,
     step_cache: StepCacheOptions,
     quantization: str,
+    loras: Sequence[Choice],
 ) -> dict[str, Any]:
     """Settings for the PNG that are not the default; kept text features and CUDA graphs change nothing."""
     usual = EncoderOptions()
@@ -338,6 +281,7 @@ def _unusual(
         "step_cache": (step_cache.threshold, STEP_CACHE_OFF.threshold),
         "attention": (attention, "auto"),
         "quant_transformer": (quantization, NONE),
+        "lora": ([str(lora) for lora in loras], []),
     }
     return {name: value for name, (value, default) in settings.items() if value != default}
 

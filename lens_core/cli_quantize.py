@@ -1,4 +1,4 @@
-"""``python -m lens_core quantize``: a denoiser, quantised once and for all into a file."""
+"""``python -m lens_core quantize``: a denoiser, quantised once and for all into a file, LoRAs merged in."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from typing import Any
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from .cli_flags import add_lora_flag
 from .loading import open_denoiser
-from .quant.policy import MODES
+from .lora.merge import open_loras, parse_choice
+from .quant.policy import MODES, NONE
 from .quantize_file import quantize_file
 from .weights.loader import OnTensor
 
@@ -29,7 +31,9 @@ def add_quantize(commands: Any, device: str) -> None:
     )
     add = parser.add_argument
     add("--model", required=True, metavar="PATH", help="a Lens denoiser in bf16 or fp32: file or Lens folder")
-    add("--quant_transformer", required=True, metavar="MODE", help=f"one of {', '.join(MODES)}")
+    add_lora_flag(parser)
+    modes = f"one of {', '.join(MODES)}; {NONE}: with --lora alone, which is then all that changes"
+    add("--quant_transformer", required=True, metavar="MODE", help=modes)
     add("--out", required=True, type=Path, metavar="FILE", help="the .safetensors file to write")
     add("--device", default=device, help="where to quantise (default: %(default)s)")
     add("--overwrite", action="store_true", help="replace a file of that name")
@@ -38,10 +42,17 @@ def add_quantize(commands: Any, device: str) -> None:
 def quantize(args: argparse.Namespace) -> Path:
     """Write the file; returns its path. Raises LensError on bad settings."""
     file = open_denoiser(args.model)
+    loras = open_loras(map(parse_choice, args.lora), file.sizes)
     with logging_redirect_tqdm(), tqdm(desc="Quantising", unit="tensor", leave=False, disable=None) as bar:
         try:
             return quantize_file(
-                file, args.quant_transformer, args.out, args.device, _show(bar), overwrite=args.overwrite
+                file,
+                args.quant_transformer,
+                args.out,
+                args.device,
+                _show(bar),
+                overwrite=args.overwrite,
+                loras=loras,
             )
         except KeyboardInterrupt:
             log.info("What is written is kept beside %s; the same command goes on there.", args.out)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -12,15 +13,17 @@ from torch import Tensor, nn
 
 from .config import is_modulation
 from .denoiser import LensDenoiser
+from .lora.merge import NO_LORAS, Merge
 from .quant import policy
 from .quant.layer_format import LayerFormat
-from .quant.linear import Packed
+from .quant.linear import Packed, dequantize
 from .quant.policy import AUTO, MODES, NONE, Mode
+from .quant.requantize import requantize
 from .quantized import linear_sizes, replace_linears
 from .weights import DENOISER, denoiser_config, load_into
 from .weights.keymap import rename
 from .weights.kind import open_part
-from .weights.loader import AnyCheckpoint, OnTensor, Source, Stored
+from .weights.loader import AnyCheckpoint, OnTensor, Part, Source, Stored
 from .weights.quantized import UNUSED, stored_layers
 from .weights.quantized_part import QuantizedPart
 
@@ -85,13 +88,15 @@ class DenoiserFile:
         device: torch.device | str = "cpu",
         read: Callable[[str], Tensor] | None = None,
         on_tensor: OnTensor | None = None,
+        loras: Merge = NO_LORAS,
     ) -> None:
         """Fill ``module``, a denoiser without memory, quantised by ``mode`` if the file is not already.
 
         Weights are quantised one at a time on ``device``; all tensors end on the CPU. ``structure`` as in
-        ``load_into``: a LensDenoiser, where the module's linears are not torch's.
+        ``load_into``: a LensDenoiser, where the module's linears are not torch's. ``loras`` are merged into
+        the weights before they are quantised, or into what a quantised file's weights stand for.
         """
-        layers = self.layers(mode, torch.device(device))
+        layers = self.layers(mode, torch.device(device), loras)
         structure = module if structure is None else structure
         replace_linears(structure, {name: part.packed for name, part in layers.items()})
         load_into(
@@ -101,26 +106,50 @@ class DenoiserFile:
             dtype,
             structure=structure,
             unused=UNUSED,
-            parts=[part.part(name) for name, part in layers.items()],
+            parts=self.parts(layers, loras),
             read=read,
             on_tensor=on_tensor,
         )
 
-    def layers(self, mode: str, device: torch.device) -> dict[str, QuantizedPart]:
-        """The linears that are quantised, in the file or by ``mode``, as ``mode()`` has it."""
-        if mode == NONE:
-            return self.stored
-        wanted = MODES[mode]
+    def parts(self, layers: Mapping[str, QuantizedPart], loras: Merge = NO_LORAS) -> list[Part]:
+        """All tensors that are not as they are stored: those of ``layers``, and what ``loras`` change."""
+        plain = sorted(loras.weights() - set(layers))
+        return [
+            *(part.part(name) for name, part in layers.items()),
+            *(_merging(f"{name}.weight", self.sizes[name], partial(loras.weight, name)) for name in plain),
+            *(
+                _merging(f"{name}.bias", self.sizes[name][:1], partial(loras.bias, name))
+                for name in sorted(loras.biases())
+            ),
+        ]
+
+    def layers(self, mode: str, device: torch.device, loras: Merge = NO_LORAS) -> dict[str, QuantizedPart]:
+        """The linears that are quantised, in the file or by ``mode``, as ``mode()`` has it, with ``loras``
+        in them."""
+        changed = loras.weights()
         if self.stored:
-            dynamic = wanted.form.inputs is not None
             return {
-                name: part.dynamic(dynamic) if _alike(part.packed.form, wanted.form) else part
-                for name, part in self.stored.items()
+                name: _merging_stored(name, part, loras, device) if name in changed else part
+                for name, part in self._stored(mode).items()
             }
+        if mode == NONE:
+            return {}
+        wanted = MODES[mode]
         return {
-            name: _quantizing(name, size, wanted, device)
+            name: _quantizing(name, size, wanted, device, loras)
             for name, size in self.sizes.items()
             if policy.quantizes(name, size, wanted)
+        }
+
+    def _stored(self, mode: str) -> dict[str, QuantizedPart]:
+        """The file's own quantised linears, their inputs quantised as ``mode`` says."""
+        if mode == NONE:
+            return self.stored
+        wanted = MODES[mode].form
+        dynamic = wanted.inputs is not None
+        return {
+            name: part.dynamic(dynamic) if _alike(part.packed.form, wanted) else part
+            for name, part in self.stored.items()
         }
 
 
@@ -140,13 +169,38 @@ def _gpu(device: torch.device) -> tuple[int | None, tuple[int, int] | None, str]
     return free, capability, torch.cuda.get_device_name(device)
 
 
-def _quantizing(name: str, size: tuple[int, int], mode: Mode, device: torch.device) -> QuantizedPart:
+def _quantizing(
+    name: str, size: tuple[int, int], mode: Mode, device: torch.device, loras: Merge
+) -> QuantizedPart:
     """A layer that is quantised as it is read."""
     stored = Stored(f"{name}.weight", (size, (*size, 1, 1)))
     packed = policy.empty(size, mode.form)
-    make = partial(_pack, mode=mode, size=size, device=device)
+
+    def make(sources: Sequence[Source]) -> Packed:
+        weight = sources[0].read(None).view(size)
+        return policy.pack(loras.weight(name, weight), mode, device)
+
     return QuantizedPart(packed, (stored,), make, mode.form.name)
 
 
-def _pack(sources: Sequence[Source], mode: Mode, size: tuple[int, int], device: torch.device) -> Packed:
-    return policy.pack(sources[0].read(None).view(size), mode, device)
+def _merging_stored(name: str, part: QuantizedPart, loras: Merge, device: torch.device) -> QuantizedPart:
+    """A layer that is quantised in the file: unpacked, changed, and quantised as it was."""
+
+    def make(sources: Sequence[Source]) -> Packed:
+        weight = loras.weight(name, dequantize(part.make(sources), torch.float32))
+        packed = requantize(weight.to(device), part.packed)
+        tensors = [None if tensor is None else tensor.to("cpu") for tensor in packed[1:]]
+        return Packed(packed.form, *tensors)  # type: ignore[arg-type]
+
+    return replace(part, make=make)
+
+
+def _merging(name: str, shape: Sequence[int], merged: Callable[[Tensor], Tensor]) -> Part:
+    """A tensor that is changed and stays as wide as it was."""
+    size = tuple(shape)
+
+    def make(sources: Sequence[Source], dtype: torch.dtype | None) -> list[Tensor]:
+        tensor = sources[0].read(None).view(size)
+        return [merged(tensor).to(dtype or tensor.dtype)]
+
+    return Part((Stored(name, (size, (*size, 1, 1))),), (name,), make)

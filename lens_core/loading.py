@@ -19,6 +19,7 @@ from .denoiser_file import DenoiserFile
 from .encoder import GptOssEncoder
 from .encoder_file import EncoderFile
 from .errors import CheckpointError, MissingPackage
+from .lora.merge import NO_LORAS, Merge
 from .ops import CastingOperations, Operations
 from .prompt import PromptTokenizer
 from .quant.policy import NONE
@@ -67,10 +68,11 @@ def build_denoiser(
     on_tensor: OnTensor | None = None,
     mode: str = NONE,
     device: torch.device | str = "cpu",
+    loras: Merge = NO_LORAS,
 ) -> LensDenoiser:
-    """The same of a file that is open, by the ``mode`` that it gave."""
+    """The same of a file that is open, by the ``mode`` that it gave, with ``loras`` in its weights."""
     model = LensDenoiser(file.config, operations, dtype, device="meta")
-    file.load(model, dtype, mode=mode, device=device, on_tensor=on_tensor)
+    file.load(model, dtype, mode=mode, device=device, on_tensor=on_tensor, loras=loras)
     return model.eval()
 
 

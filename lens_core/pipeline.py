@@ -17,6 +17,7 @@ from .encoder import no_features
 from .feature_cache import FeatureCache
 from .interval import WHOLE, Interval
 from .loading import build_denoiser, load_vae, open_denoiser, open_encoder
+from .lora.merge import Choice, open_loras
 from .memory.plan import Plan
 from .memory.recovery import OutOfMemory, recovering, shortage
 from .needs import Picture
@@ -68,18 +69,21 @@ class LensPipeline:
         quantization: str = NONE,
         offload: str = "auto",
         budget: float | None = None,
+        loras: Sequence[Choice] = (),
     ) -> LensPipeline:
         """Load a folder in diffusers' layout; ``on_tensor(done, total)`` counts in each component.
 
         ``quantization`` is one of ``policy.CHOICES``, for the denoiser; ``offload`` one of
-        ``memory.plan.OFFLOADS``, within ``budget`` bytes of the device (None: all that is free).
+        ``memory.plan.OFFLOADS``, within ``budget`` bytes of the device (None: all that is free); ``loras``
+        are merged into the denoiser's weights before they are quantised.
         """
         file = open_encoder(folder)
         kept = None if options.feature_cache is None else FeatureCache(options.feature_cache)
         text = TextEncoder(file, dtype, dense=options.dense, features=kept)
         opened = open_denoiser(folder)
+        merge = open_loras(loras, opened.sizes)
         mode = opened.mode(quantization, device)
-        denoiser = build_denoiser(opened, dtype, on_tensor=on_tensor, mode=mode, device=device)
+        denoiser = build_denoiser(opened, dtype, on_tensor=on_tensor, mode=mode, device=device, loras=merge)
         vae = load_vae(folder, dtype, on_tensor)
         residence = Residence(
             text, denoiser, vae, device, offload=offload, placement=options.placement, budget=budget

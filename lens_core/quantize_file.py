@@ -1,4 +1,5 @@
-"""A denoiser's file, quantised once and for all: small on disk, and nothing to quantise at each start.
+"""A denoiser's file, quantised once and for all: small on disk, and nothing to quantise at each start. LoRAs
+can be merged into it.
 
 The result is one safetensors file under the checkpoint's own names, in ComfyUI's layout for quantised layers:
 its own loader reads every mode but those in 4-bit integers, whose format is this pack's.
@@ -18,7 +19,8 @@ from .config import Variant
 from .denoiser import LensDenoiser
 from .denoiser_file import DenoiserFile
 from .errors import CheckpointError, SettingError
-from .quant.policy import MODES
+from .lora.merge import NO_LORAS, Merge
+from .quant.policy import MODES, NONE
 from .quantized import replace_linears
 from .weights import DENOISER, variant_at
 from .weights.identity import identity
@@ -39,16 +41,20 @@ def quantize_file(
     on_tensor: OnTensor | None = None,
     *,
     overwrite: bool = False,
+    loras: Merge = NO_LORAS,
 ) -> Path:
     """Write ``target``, the denoiser quantised by ``mode``, the rest in bf16; returns it.
+
+    ``loras`` are merged into its weights first; with them the mode may be ``none``: weights stay as wide, or
+    as quantised, as they are.
 
     Weights are quantised one at a time on ``device``. ``on_tensor(done, total)`` may raise to cancel: what is
     written stays in ``<target>.part``, and the same call goes on there. A target that holds just this already
     is left as it is; another's needs ``overwrite``. Raises SettingError and CheckpointError.
     """
-    _check(file, mode, target)
-    plan, steps = _plan(file, mode, torch.device(device))
-    writer = SteppedWriter(target, steps, _metadata(file, mode))
+    _check(file, mode, target, loras)
+    plan, steps = _plan(file, mode, torch.device(device), loras)
+    writer = SteppedWriter(target, steps, _metadata(file, mode, loras))
     if os.path.exists(target) and not overwrite:
         if not writer.is_written():
             raise SettingError(
@@ -70,12 +76,14 @@ def variant_of_file(file: DenoiserFile) -> Variant:
     return variant_at(file.path, file.checkpoint.metadata)
 
 
-def _check(file: DenoiserFile, mode: str, target: Path) -> None:
+def _check(file: DenoiserFile, mode: str, target: Path, loras: Merge) -> None:
     """Raise where the request makes no sense, before anything is written."""
     name = file.checkpoint.name
-    if mode not in MODES:
-        raise SettingError(f"The quantization must be one of {', '.join(MODES)}, got {mode}.")
-    if stored := _stored_formats(file):
+    if mode not in MODES and not (mode == NONE and loras.metadata):
+        raise SettingError(
+            f"The quantization must be one of {', '.join(MODES)}, or {NONE} with a LoRA, got {mode}."
+        )
+    if mode != NONE and (stored := _stored_formats(file)):
         raise CheckpointError(
             f"{name} is quantised already ({', '.join(sorted(stored))}), and doing it again only adds error. "
             "Expected weights in bf16 or fp32: choose such a file."
@@ -94,16 +102,18 @@ def _stored_formats(file: DenoiserFile) -> set[str]:
     return {part.called for part in file.stored.values()} or plain
 
 
-def _plan(file: DenoiserFile, mode: str, device: torch.device) -> tuple[Plan, list[dict[str, Tensor]]]:
+def _plan(
+    file: DenoiserFile, mode: str, device: torch.device, loras: Merge
+) -> tuple[Plan, list[dict[str, Tensor]]]:
     """What is made from what, and the tensors of each step without memory, in the order of the new file.
 
     A step is a stored tensor and what becomes of it, in the order in which the source is read; last come the
     names of the formats, whose odd lengths would put what follows them at odd bytes.
     """
-    layers = file.layers(mode, device)
+    layers = file.layers(mode, device, loras)
     model = LensDenoiser(file.config, dtype=torch.bfloat16, device="meta")
     replace_linears(model, {name: part.packed for name, part in layers.items()})
-    parts = [part.part(name) for name, part in layers.items()]
+    parts = file.parts(layers, loras)
     plan = plan_load(model, file.checkpoint, DENOISER, unused=UNUSED, parts=parts)
     made = model.state_dict()
 
@@ -118,9 +128,10 @@ def _plan(file: DenoiserFile, mode: str, device: torch.device) -> tuple[Plan, li
     return plan, [*(tensors(part) for part, _ in ordered), formats]
 
 
-def _metadata(file: DenoiserFile, mode: str) -> dict[str, str]:
-    """What the file says of itself; by the source's identity, another's part is not gone on with."""
+def _metadata(file: DenoiserFile, mode: str, loras: Merge) -> dict[str, str]:
+    """What the file says of itself; by the sources' identities, another's part is not gone on with."""
     return {
+        **({"lens.loras": loras.metadata} if loras.metadata else {}),
         "format": "pt",
         "lens.variant": variant_of_file(file).name,
         "lens.quantization": mode,

@@ -21,9 +21,9 @@ def given(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     made: dict[str, Any] = {}
     original = LensPipeline.from_folder.__func__
 
-    def spy(cls, folder, device, dtype, on_tensor, options, quantization, offload, budget):
+    def spy(cls, folder, device, dtype, on_tensor, options, quantization, offload, budget, loras):
         made.update(offload=offload, budget=budget)
-        return original(cls, folder, device, dtype, on_tensor, options, quantization, offload, budget)
+        return original(cls, folder, device, dtype, on_tensor, options, quantization, offload, budget, loras)
 
     monkeypatch.setattr(LensPipeline, "from_folder", classmethod(spy))
     return made

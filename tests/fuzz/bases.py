@@ -126,6 +126,34 @@ def _nvfp4() -> Base:
     return base("encoder", shapes, contents)
 
 
+@cache
+def linears() -> dict[str, tuple[int, int]]:
+    """[N, K] of the denoiser's."""
+    shapes = {name.removesuffix(".weight"): shape for name, (_, shape) in _denoiser().items()}
+    return {name: (shape[0], shape[1]) for name, shape in shapes.items() if len(shape) == 2}
+
+
+def _lora() -> Base:
+    """Three spellings, three kinds of adapters."""
+    shapes: dict[str, tuple[str, Sequence[int]]] = {}
+    for name, (rows, columns) in linears().items():
+        if ".attn." in name:
+            shapes[f"transformer.{name}.lora_A.weight"] = ("BF16", [4, columns])
+            shapes[f"transformer.{name}.lora_B.weight"] = ("BF16", [rows, 4])
+        elif ".img_mlp." in name:
+            key = "lora_unet_" + name.replace(".", "_")
+            shapes[f"{key}.hada_w1_a"] = shapes[f"{key}.hada_w2_a"] = ("BF16", [rows, 4])
+            shapes[f"{key}.hada_w1_b"] = shapes[f"{key}.hada_w2_b"] = ("BF16", [4, columns])
+            shapes[f"{key}.alpha"] = ("F32", [])
+        elif ".txt_mod." in name:
+            shapes[f"lycoris_{name.replace('.', '_')}.lokr_w1"] = ("BF16", [4, 4])
+            shapes[f"lycoris_{name.replace('.', '_')}.lokr_w2"] = ("BF16", [rows // 4, columns // 4])
+    told = {"transformer.r": 4, "transformer.lora_alpha": 8, "transformer.rank_pattern": {"img_qkv": 4}}
+    good = base("lora", shapes)
+    good.header["__metadata__"] = {"lora_adapter_metadata": json.dumps(told), "ss_network_alpha": "8"}
+    return good
+
+
 def _vae() -> Base:
     with torch.device("meta"):
         module = LensVAE(models.VAE).model
@@ -142,6 +170,7 @@ def safetensors() -> dict[str, Base]:
         "denoiser by SDNQ": _sdnq(),
         "encoder": base("encoder", _encoder(), {"tokenizer_json": json.dumps(tokenizer_json()).encode()}),
         "encoder for ComfyUI": _nvfp4(),
+        "LoRA": _lora(),
         "vae": _vae(),
     }
 

@@ -27,10 +27,12 @@ from safetensors import SafetensorError, safe_open
 
 from lens_core.errors import LensError
 from lens_core.loading import load_vae, open_denoiser, open_encoder
-from lens_core.weights.detect import describe
-from lens_core.weights.gguf import GgufCheckpoint, is_gguf
+from lens_core.lora.file import open_lora
+from lens_core.weights.kind import inspect
 from lens_core.weights.loader import AnyCheckpoint
-from lens_core.weights.reader import Checkpoint, open_checkpoint
+from lens_core.weights.opening import open_any
+from lens_core.weights.reader import Checkpoint
+from tests.fuzz.bases import linears
 from tests.fuzz.cases import Case, case
 
 CPU_SECONDS, WALL_SECONDS, MEMORY = 2.0, 60.0, 2**30
@@ -53,6 +55,7 @@ OPEN: dict[str, Callable[[Path], Any]] = {
     "denoiser": open_denoiser,
     "encoder": _open_encoder,
     "vae": lambda path: load_vae(path, torch.bfloat16),
+    "lora": lambda path: open_lora(path).match(linears()).summary(1.0),
 }
 
 
@@ -71,9 +74,8 @@ def run(found: Case, folder: Path) -> str:
     """What happened: "opened", or the refusal's message. AssertionError for what must not happen."""
     path = write(found, folder)
     with suppress(LensError):
-        checkpoint: AnyCheckpoint = GgufCheckpoint(path) if is_gguf(path) else open_checkpoint(path)
-        describe(checkpoint)
-        _check(checkpoint)
+        _check(open_any(path))
+        inspect(path)
     try:
         OPEN[found.component](path)
     except LensError as error:
