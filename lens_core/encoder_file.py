@@ -86,7 +86,7 @@ class EncoderFile:
             return PromptTokenizer.from_json(_text(inside.bytes().numpy().tobytes()), source)
         places, unfit = self._places(), None
         for place in places:
-            file = place / _TOKENIZER if place.is_dir() else place
+            file = place / _TOKENIZER if os.path.isdir(place) else place
             try:
                 if os.path.isfile(file):
                     _check_size(file.stat().st_size, str(file))
@@ -149,14 +149,14 @@ class EncoderFile:
 
     def _places(self) -> list[Path]:
         """Folders, or files, to look for a tokenizer.json in, in this order."""
-        folder = self.path if self.path.is_dir() else self.path.parent
+        folder = self.path if os.path.isdir(self.path) else self.path.parent
         beside = (folder, folder / "tokenizer", folder.parent / "tokenizer", folder.parent)
         return list(dict.fromkeys((*beside, *self.tokenizer_places)))
 
 
 def _stamps(checkpoint: AnyCheckpoint) -> list[tuple[int, int] | None]:
     """Size and time of change of every file; None where it is gone."""
-    stats = [path.stat() if path.is_file() else None for path in checkpoint.paths]
+    stats = [path.stat() if os.path.isfile(path) else None for path in checkpoint.paths]
     return [stat and (stat.st_size, stat.st_mtime_ns) for stat in stats]
 
 

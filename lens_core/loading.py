@@ -7,6 +7,7 @@ a component in its stored dtype is never copied.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -111,8 +112,8 @@ def load_vae(path: str | Path, dtype: torch.dtype, on_tensor: OnTensor | None = 
     require(whole, "vae")
     checkpoint = part_of(whole, "vae")
     beside = path / "config.json"
-    config: dict[str, Any] = read_json(beside) if beside.is_file() else vae_config(checkpoint)
-    source = beside if beside.is_file() else checkpoint.name
+    config: dict[str, Any] = read_json(beside) if os.path.isfile(beside) else vae_config(checkpoint)
+    source = beside if os.path.isfile(beside) else checkpoint.name
     try:
         _check_counts(config)
         with torch.device("meta"):

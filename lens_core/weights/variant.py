@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -57,6 +58,6 @@ def _names(path: Path) -> Iterator[str]:
 
 def _read(file: Path) -> dict:
     try:
-        return read_json(file) if file.is_file() else {}
+        return read_json(file) if os.path.isfile(file) else {}
     except CheckpointError:
         return {}

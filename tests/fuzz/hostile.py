@@ -12,6 +12,7 @@ import tarfile
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import cache
 
 import numpy as np
 import torch
@@ -64,6 +65,7 @@ def _pickles() -> dict[str, bytes]:
     }
 
 
+@cache
 def named() -> dict[str, tuple[bytes, str]]:
     """Content, and what the refusal calls it."""
     return {
