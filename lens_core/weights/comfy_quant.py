@@ -81,7 +81,9 @@ def _from_metadata(checkpoint: Any) -> dict[str, LayerFormat]:
     if text is None:
         return {}
     try:
-        layers = dict(json.loads(text)["layers"])
+        layers = json.loads(text)["layers"]
+        if not isinstance(layers, dict):
+            raise TypeError("its layers are no JSON object")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(
             f"{checkpoint.name} says in its metadata that it is quantised, but not how ({error}). Download "

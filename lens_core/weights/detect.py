@@ -13,7 +13,7 @@ from .loader import AnyCheckpoint
 
 Shape = tuple[int, ...]
 # Lens has 48, GPT-OSS-20B 24.
-_MOST_LAYERS = 128
+_MOST_LAYERS = 64
 
 
 def denoiser_config(checkpoint: AnyCheckpoint) -> DenoiserConfig:

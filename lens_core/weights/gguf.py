@@ -82,6 +82,8 @@ def _dequantize(info: TensorInfo, dtype: torch.dtype) -> Tensor:
     gguf = package()
     kind = gguf.GGMLQuantizationType[info.dtype]
     result = torch.empty(info.shape, dtype=dtype)
+    if not result.numel():
+        return result
     raw = info if len(info.shape) > 1 else replace(info, shape=(1, *info.shape))
     rows = result.view(raw.shape[0], -1)
     for start, stop in raw.pieces():

