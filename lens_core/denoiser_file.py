@@ -38,7 +38,7 @@ class DenoiserFile:
         self.checkpoint: AnyCheckpoint = open_part(path, "denoiser")
         self.config = denoiser_config(self.checkpoint)
         self.sizes = linear_sizes(LensDenoiser(self.config, device="meta"))
-        source = rename(self.checkpoint.header, DENOISER)
+        source = rename(self.checkpoint.header, DENOISER, file=self.checkpoint.name)
         self.stored = stored_layers(self.checkpoint, source, self.sizes)
 
     def mode(self, quantization: str, device: torch.device, free: int | None = None) -> str:

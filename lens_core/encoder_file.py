@@ -7,6 +7,7 @@ and (for nvfp4) the final config are worked out when asked for.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +19,7 @@ from .config import EncoderConfig
 from .encoder import GptOssEncoder
 from .errors import CheckpointError
 from .prompt import PromptTokenizer
+from .prompt.tokenizer import library_errors
 from .weights.banks import ExpertQuantizer
 from .weights.encoder_layouts import encoder_config, encoder_layout, encoder_parts, settled
 from .weights.gguf import GgufCheckpoint
@@ -26,9 +28,11 @@ from .weights.identity import identity
 from .weights.keymap import ENCODER_UNUSED, PREFIXES, rename
 from .weights.kind import open_part
 from .weights.loader import AnyCheckpoint, OnTensor, load_into, plan_load
+from .weights.user_file import opened
 
 log = logging.getLogger(__name__)
 _TOKENIZER = "tokenizer.json"
+_LARGEST_TOKENIZER = 64 * 2**20
 
 
 class EncoderFile:
@@ -75,23 +79,27 @@ class EncoderFile:
 
         Other models' are passed over: folders of encoders may hold one each.
         """
-        embedded = rename(self.checkpoint.header, PREFIXES["encoder"]).get("tokenizer_json")
+        embedded = rename(self.checkpoint.header, PREFIXES["encoder"], file=self.name).get("tokenizer_json")
         if embedded is not None:
-            content = bytes(self.checkpoint.read(embedded).tolist()).decode("utf-8", "replace")
-            return PromptTokenizer.from_json(content, f"the tokenizer in {self.name}")
+            source, inside = f"the tokenizer in {self.name}", self.checkpoint.header[embedded]
+            _check_size(inside.nbytes, source)
+            return PromptTokenizer.from_json(_text(inside.bytes().numpy().tobytes()), source)
         places, unfit = self._places(), None
         for place in places:
-            file = place / _TOKENIZER if place.is_dir() else place
+            file = place / _TOKENIZER if os.path.isdir(place) else place
             try:
-                if file.is_file():
-                    content = file.read_text(encoding="utf-8", errors="replace")
-                    return PromptTokenizer.from_json(content, str(file))
+                if os.path.isfile(file):
+                    _check_size(file.stat().st_size, str(file))
+                    with opened(file) as content:
+                        return PromptTokenizer.from_json(_text(content.read()), str(file))
             except CheckpointError as error:
                 unfit = unfit or str(error)
         if isinstance(self.checkpoint, GgufCheckpoint):
-            tokenizer = tokenizer_of(self.checkpoint)
+            source = f"the tokenizer in {self.name}"
+            with library_errors(source):
+                tokenizer = tokenizer_of(self.checkpoint)
             if tokenizer is not None:
-                return PromptTokenizer(tokenizer, f"the tokenizer in {self.name}")
+                return PromptTokenizer(tokenizer, source)
         if unfit is not None:
             raise CheckpointError(unfit)
         raise CheckpointError(
@@ -141,12 +149,24 @@ class EncoderFile:
 
     def _places(self) -> list[Path]:
         """Folders, or files, to look for a tokenizer.json in, in this order."""
-        folder = self.path if self.path.is_dir() else self.path.parent
+        folder = self.path if os.path.isdir(self.path) else self.path.parent
         beside = (folder, folder / "tokenizer", folder.parent / "tokenizer", folder.parent)
         return list(dict.fromkeys((*beside, *self.tokenizer_places)))
 
 
 def _stamps(checkpoint: AnyCheckpoint) -> list[tuple[int, int] | None]:
     """Size and time of change of every file; None where it is gone."""
-    stats = [path.stat() if path.is_file() else None for path in checkpoint.paths]
+    stats = [path.stat() if os.path.isfile(path) else None for path in checkpoint.paths]
     return [stat and (stat.st_size, stat.st_mtime_ns) for stat in stats]
+
+
+def _check_size(size: int, source: str) -> None:
+    if size > _LARGEST_TOKENIZER:
+        raise CheckpointError(
+            f"{source} has {size:,} bytes; expected GPT-OSS's tokenizer.json, which has 28 million. Download "
+            "the file again."
+        )
+
+
+def _text(content: bytes) -> str:
+    return content.decode("utf-8", "replace")

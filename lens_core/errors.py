@@ -6,9 +6,28 @@ escapes is a bug. The node layer and the command line show the message as it is.
 
 from __future__ import annotations
 
+_LONGEST = 4000
+
 
 class LensError(Exception):
-    """Base of all errors raised on purpose; the message is a sentence fit for a user."""
+    """Base of all errors raised on purpose; the message is a sentence fit for a user.
+
+    Files get their names into messages, and may be made to do harm there: what no terminal should get is
+    escaped, and the middle of a message that is too long left out.
+    """
+
+    def __init__(self, message: str) -> None:
+        shown = "".join(_escaped(letter) for letter in _shortened(message.replace("\n", " ")))
+        super().__init__(shown)
+
+
+def _shortened(message: str) -> str:
+    half = _LONGEST // 2
+    return message if len(message) <= _LONGEST else f"{message[:half]} ... {message[-half:]}"
+
+
+def _escaped(letter: str) -> str:
+    return letter if letter.isprintable() else ascii(letter)[1:-1]
 
 
 class CheckpointError(LensError):
@@ -32,18 +51,18 @@ class CheckpointMismatch(CheckpointError):
         self.missing, self.unexpected, self.wrong_shape = missing, unexpected, wrong_shape
         parts = [f"{what} does not hold the tensors that this model needs."]
         if missing:
-            parts.append(f"Missing ({len(missing)}): {_first(missing)}.")
+            parts.append(f"Missing ({len(missing)}): {first_of(missing)}.")
         if unexpected:
-            parts.append(f"Unexpected ({len(unexpected)}): {_first(unexpected)}.")
+            parts.append(f"Unexpected ({len(unexpected)}): {first_of(unexpected)}.")
         if wrong_shape:
             listed = [f"{name} should be {list(want)}, is {list(got)}" for name, want, got in wrong_shape]
-            parts.append(f"Wrong shape ({len(wrong_shape)}): {_first(listed)}.")
+            parts.append(f"Wrong shape ({len(wrong_shape)}): {first_of(listed)}.")
         parts.append("Download the file again, or choose one made for Lens.")
         super().__init__(" ".join(parts))
 
 
-def _first(names: list[str], count: int = 12) -> str:
-    """The first names, and how many more there are."""
+def first_of(names: list[str], count: int = 12) -> str:
+    """The first names, and how many more there are, for a message."""
     rest = len(names) - count
     return ", ".join(names[:count]) + (f" and {rest} more" if rest > 0 else "")
 

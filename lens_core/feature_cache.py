@@ -75,7 +75,7 @@ class FeatureCache:
             return None
         try:
             features = _unpack(data)
-        except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             log.warning("The feature cache's entry %s is damaged and is deleted (%s).", path, error)
             _remove(path)
             return None

@@ -7,6 +7,7 @@ a component in its stored dtype is never copied.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,8 @@ __all__ = [
 ]
 # Of the batch norm's training; some files lack it.
 _COUNTER = ("model.bn.num_batches_tracked",)
+
+_MOST_VAE_LAYERS = 16  # FLUX.2's has 2 in each of 4 blocks
 
 
 def load_denoiser(
@@ -129,9 +132,10 @@ def _open_vae(path: Path) -> tuple[LensVAE, AnyCheckpoint, Table]:
     require(whole, "vae")
     checkpoint = part_of(whole, "vae")
     beside = path / "config.json"
-    config: dict[str, Any] = read_json(beside) if beside.is_file() else vae_config(checkpoint)
-    source = beside if beside.is_file() else checkpoint.name
+    config: dict[str, Any] = read_json(beside) if os.path.isfile(beside) else vae_config(checkpoint)
+    source = beside if os.path.isfile(beside) else checkpoint.name
     try:
+        _check_counts(config)
         with torch.device("meta"):
             vae = LensVAE(config)
     except MissingPackage:
@@ -142,3 +146,13 @@ def _open_vae(path: Path) -> tuple[LensVAE, AnyCheckpoint, Table]:
         ) from error
     table: Table = VAE_LDM if is_ldm_vae(checkpoint) else VAE_DIFFUSERS
     return vae, checkpoint, table
+
+
+def _check_counts(config: dict[str, Any]) -> None:
+    """Raise ValueError where the VAE would be built of so many layers that this would take minutes."""
+    layers = config.get("layers_per_block", 2)
+    if isinstance(layers, int) and layers > _MOST_VAE_LAYERS:
+        raise ValueError(f"{layers:,} layers_per_block")
+    for name, value in config.items():
+        if isinstance(value, list) and len(value) > _MOST_VAE_LAYERS:
+            raise ValueError(f"{len(value):,} {name}")

@@ -5,6 +5,7 @@ Opening reads the header; ``match`` finds the layers, compares sizes, and only t
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -209,15 +210,15 @@ def open_lora(path: Path) -> LoraFile:
     """Open a LoRA's .safetensors file, or a folder with one, such as PEFT's. Raises CheckpointError."""
     path = Path(path)
     adapter = path / _ADAPTER
-    checkpoint = open_checkpoint(adapter if adapter.is_file() else path)
+    checkpoint = open_checkpoint(adapter if os.path.isfile(adapter) else path)
     if len(checkpoint.header) > _MOST_TENSORS:
         raise CheckpointError(
             f"{checkpoint.name} has {len(checkpoint.header):,} tensors, more than any LoRA. Choose another."
         )
     beside = checkpoint.paths[0].parent / _CONFIG
     # Many files may share a folder; PEFT's own name says that the config is this one's.
-    is_peft = path.is_dir() or path.name == _ADAPTER
-    return LoraFile(checkpoint, read_json(beside) if is_peft and beside.is_file() else None)
+    is_peft = os.path.isdir(path) or path.name == _ADAPTER
+    return LoraFile(checkpoint, read_json(beside) if is_peft and os.path.isfile(beside) else None)
 
 
 def _first(names: list[str], count: int = 3) -> str:

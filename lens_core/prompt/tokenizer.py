@@ -9,16 +9,18 @@ first ids of the whole prompt may be another spelling of it.
 
 from __future__ import annotations
 
+import json
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models
 
 from ..config import TEMPLATE_DATE
-from ..errors import CheckpointError, SettingError
+from ..errors import CheckpointError, LensError, SettingError
 from .template import PREFIX_MESSAGES, prefix_text, suffix_text
 
 log = logging.getLogger(__name__)
@@ -26,6 +28,8 @@ log = logging.getLogger(__name__)
 MAX_TOKENS = 512
 # A cut looks for the end of a word among this many tokens; text without spaces is cut where it is full.
 CUT_WINDOW = 64
+# GPT-OSS splits text by a pattern, then into bytes.
+_MOST_STEPS = 3
 _NEEDED = ("<|start|>", "<|message|>", "<|end|>", "<|channel|>")
 _CONTROL = re.compile(r"(<\|\w+\|>)")
 
@@ -55,22 +59,22 @@ class PromptTokenizer:
                 f"{source} has no token {', '.join(lacking)}: expected GPT-OSS's tokenizer "
                 "(o200k_harmony). Use the tokenizer.json that comes with gpt-oss-20b or with Lens."
             )
+        _check_parts(tokenizer, source)
         # Once and for all, so that no thread ever finds it off while it encodes a prompt.
         tokenizer.encode_special_tokens = True
         self.tokenizer = tokenizer
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
         self._prefixes = lru_cache(maxsize=8)(lambda date: self._template(prefix_text(date)))
-        self.prefix = self.prefix_ids()
-        self.suffix = self._template(suffix_text())
+        with library_errors(source):
+            self.prefix = self.prefix_ids()
+            self.suffix = self._template(suffix_text())
 
     @classmethod
     def from_json(cls, text: str, source: str = "tokenizer") -> PromptTokenizer:
         """Read the content of a tokenizer.json; ``source`` names it in errors."""
-        try:
+        with library_errors(source):
             tokenizer = Tokenizer.from_str(text)
-        except Exception as error:  # tokenizers raises bare Exception
-            raise CheckpointError(
-                f"{source} is not a tokenizer.json ({error}). Download the file again."
-            ) from error
         return cls(tokenizer, source)
 
     @property
@@ -157,6 +161,40 @@ class PromptTokenizer:
             control = self.tokenizer.token_to_id(part) if part.startswith("<|") else None
             ids += self.encode(part) if control is None else [control]
         return tuple(ids)
+
+
+@contextmanager
+def library_errors(source: str) -> Iterator[None]:
+    """Turns what the tokenizers package raises at a file into a CheckpointError: bare Exceptions, and its
+    panics, which no ``except Exception`` stops and which would end a server's thread."""
+    try:
+        yield
+    except LensError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise CheckpointError(
+            f"{source} is not a tokenizer.json that works ({error}). Download the file again."
+        ) from error
+
+
+def _check_parts(tokenizer: Tokenizer, source: str) -> None:
+    """Raise CheckpointError for parts that GPT-OSS's tokenizer has not: some, made to, turn a prompt into
+    gigabytes."""
+    steps = json.loads(tokenizer.pre_tokenizer.__getstate__()) if tokenizer.pre_tokenizer else {}
+    steps = steps.get("pretokenizers", [steps])
+    kinds = [step.get("type") for step in steps]
+    if (
+        tokenizer.normalizer is not None
+        or not isinstance(tokenizer.model, models.BPE)
+        or len(kinds) > _MOST_STEPS
+        or not {*kinds} <= {"Split", "ByteLevel"}
+    ):
+        raise CheckpointError(
+            f"{source} is of another kind than GPT-OSS's tokenizer (o200k_harmony). Use the tokenizer.json "
+            "that comes with gpt-oss-20b or with Lens."
+        )
 
 
 def _valid(text: str) -> str:

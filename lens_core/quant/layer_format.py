@@ -69,6 +69,7 @@ _BITS = {"convrot_w4a4": 4, "nvfp4": 4}
 _GROUPS = {"mxfp8": 32, "nvfp4": 16}
 _ROTATION = 256  # of both ConvRot formats, unless the file says otherwise
 _ROTATIONS = frozenset(4**power for power in range(1, 9))
+_LONGEST_ENTRY = 2**16
 
 
 def to_json(form: LayerFormat) -> Tensor:
@@ -86,8 +87,10 @@ def to_json(form: LayerFormat) -> Tensor:
 def from_json(raw: Tensor, layer: str) -> LayerFormat:
     """The format that a ``comfy_quant`` tensor tells of; raises CheckpointError where none is known."""
     try:
+        if raw.numel() > _LONGEST_ENTRY:
+            raise ValueError(f"it has {raw.numel():,} bytes")
         return from_entry(json.loads(bytes(raw.tolist())), layer)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise _unclear(layer, error) from error
 
 
@@ -95,7 +98,7 @@ def from_entry(entry: Any, layer: str) -> LayerFormat:
     """The format that the JSON object of a layer tells of; raises CheckpointError where none is known."""
     try:
         form, full_precision = _parse(entry)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise _unclear(layer, error) from error
     if form.name not in SCALES:
         raise CheckpointError(

@@ -81,15 +81,17 @@ def _from_metadata(checkpoint: Any) -> dict[str, LayerFormat]:
     if text is None:
         return {}
     try:
-        layers = dict(json.loads(text)["layers"])
-    except (ValueError, KeyError, TypeError) as error:
+        layers = json.loads(text)["layers"]
+        if not isinstance(layers, dict):
+            raise TypeError("its layers are no JSON object")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(
             f"{checkpoint.name} says in its metadata that it is quantised, but not how ({error}). Download "
             "it again."
         ) from error
     return {
         layer: from_entry(layers[name], f"{layer} of {checkpoint.name}")
-        for layer, name in rename(filter(_of_denoiser, layers), DENOISER).items()
+        for layer, name in rename(filter(_of_denoiser, layers), DENOISER, file=checkpoint.name).items()
     }
 
 

@@ -12,12 +12,14 @@ from .kind import require
 from .loader import AnyCheckpoint
 
 Shape = tuple[int, ...]
+# Lens has 48, GPT-OSS-20B 24.
+_MOST_LAYERS = 64
 
 
 def denoiser_config(checkpoint: AnyCheckpoint) -> DenoiserConfig:
     """Sizes of a Lens denoiser."""
     require(checkpoint, "denoiser")
-    source = rename(checkpoint.header, DENOISER)
+    source = rename(checkpoint.header, DENOISER, file=checkpoint.name)
     shape = shape_reader(checkpoint, source)
     if "img_in.weight" in source and not checkpoint.header[source["img_in.weight"]].floating:
         hidden, channels = shape("img_in.bias", 1)[0], shape("proj_out.bias", 1)[0]  # its numbers are packed
@@ -40,7 +42,7 @@ def is_ldm_vae(checkpoint: AnyCheckpoint) -> bool:
 def vae_config(checkpoint: AnyCheckpoint) -> dict:
     """AutoencoderKLFlux2's arguments for a FLUX.2 VAE without a config.json."""
     ldm = is_ldm_vae(checkpoint)
-    source = rename(checkpoint.header, PREFIXES["vae"])
+    source = rename(checkpoint.header, PREFIXES["vae"], file=checkpoint.name)
     shape = shape_reader(checkpoint, source)
     if ldm:
         encoder = [f"encoder.down.{i}.block.0.conv1.weight" for i in range(4)]
@@ -78,7 +80,8 @@ def shape_reader(checkpoint: AnyCheckpoint, source: dict[str, str]) -> Callable[
 
 
 def count(names: Iterable[str], pattern: str) -> int:
-    """One more than the largest number that ``pattern``'s group finds in the names."""
+    """One more than the largest number that ``pattern``'s group finds in the names, at most _MOST_LAYERS: a
+    module is built of so many, before it is compared with the file."""
     search = re.compile(pattern).search
     found = {int(match[1]) for match in map(search, names) if match}
-    return max(found, default=-1) + 1
+    return min(max(found, default=-1) + 1, _MOST_LAYERS)

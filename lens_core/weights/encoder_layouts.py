@@ -28,6 +28,7 @@ from .keymap import (
 from .kind import require
 from .loader import AnyCheckpoint, Part, Source, Stored
 
+_LONGEST_ENTRY = 2**16  # bytes of a comfy_quant tensor
 Banks = Callable[[str, EncoderConfig, ExpertQuantizer], "list[Part]"]
 
 
@@ -97,7 +98,7 @@ def encoder_layout(checkpoint: AnyCheckpoint) -> EncoderLayout:
 
 def encoder_config(checkpoint: AnyCheckpoint, layout: EncoderLayout) -> EncoderConfig:
     """Sizes of a GPT-OSS encoder, from its header; ``expert_format`` is the layout's."""
-    source = rename(checkpoint.header, layout.table)
+    source = rename(checkpoint.header, layout.table, file=checkpoint.name)
     shape = shape_reader(checkpoint, source)
     vocabulary, hidden = shape("embed_tokens.weight", 2)
     experts, inner = shape("layers.0.mlp.experts.down_proj_bias", 2)[0], _inner(source, shape)
@@ -178,8 +179,8 @@ def _check_comfy_formats(checkpoint: AnyCheckpoint) -> None:
     for name, info in checkpoint.header.items():
         if name.endswith(".comfy_quant"):
             try:
-                found = json.loads(bytes(info.bytes().flatten().tolist()))["format"]
-            except (ValueError, KeyError, TypeError):
+                found = json.loads(info.bytes().flatten()[:_LONGEST_ENTRY].numpy().tobytes())["format"]
+            except (ValueError, KeyError, TypeError, RecursionError):
                 found = "something unreadable"
             if found != "nvfp4" or ".mlp.experts." not in name:
                 raise CheckpointError(

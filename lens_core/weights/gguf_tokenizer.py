@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
+from ..errors import CheckpointError
 from .gguf import GgufCheckpoint
 
 _CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5
@@ -33,7 +34,12 @@ def tokenizer_of(checkpoint: GgufCheckpoint) -> Tokenizer | None:
     merges = checkpoint.strings("tokenizer.ggml.merges")
     if checkpoint.metadata.get("tokenizer.ggml.model") != "gpt2" or not tokens or not merges:
         return None
-    kinds = checkpoint.metadata.get("tokenizer.ggml.token_type") or [1] * len(tokens)
+    kinds = checkpoint.numbers("tokenizer.ggml.token_type") or [1] * len(tokens)
+    if len(kinds) != len(tokens):
+        raise CheckpointError(
+            f"{checkpoint.name} is damaged: its tokenizer has {len(tokens):,} tokens and the kinds of "
+            f"{len(kinds):,}. Download it again."
+        )
     # The rows of the embedding that pad it to a round size are named, and marked as unused.
     vocabulary = {token: index for index, token in enumerate(tokens) if kinds[index] != _UNUSED}
     pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]

@@ -98,10 +98,12 @@ def belongs(name: str, component: str) -> bool:
     return owner(name) in ("", component)
 
 
-def rename(names: Iterable[str], table: Table, unused: Iterable[str] = ()) -> dict[str, str]:
+def rename(
+    names: Iterable[str], table: Table, unused: Iterable[str] = (), *, file: str = "The file"
+) -> dict[str, str]:
     """Module name -> file name, without the names that match ``unused`` after renaming.
 
-    Raises CheckpointError where two names become one.
+    Raises CheckpointError where two names become one; it speaks of ``file``.
     """
     dropped = [re.compile(pattern) for pattern in unused]
     rows = [(re.compile(pattern), replacement) for pattern, replacement in table]
@@ -114,7 +116,7 @@ def rename(names: Iterable[str], table: Table, unused: Iterable[str] = ()) -> di
             continue
         if new in result:
             raise CheckpointError(
-                f"The file holds {new} twice, as {result[new]} and as {name}. Download it again."
+                f"{file} holds {new} twice, as {result[new]} and as {name}. Download it again."
             )
         result[new] = name
     return result

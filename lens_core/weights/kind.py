@@ -7,6 +7,7 @@ components, each below a prefix of its own (``keymap.PREFIXES``).
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable
 from copy import copy
@@ -98,7 +99,7 @@ def inspect(path: str | Path) -> tuple[Kind, ...]:
     Raises CheckpointError where it cannot be opened.
     """
     path = Path(path)
-    folders = [path / name for name in SUBFOLDERS.values() if (path / name).is_dir()]
+    folders = [path / name for name in SUBFOLDERS.values() if os.path.isdir(path / name)]
     if folders:
         return tuple(kind for folder in folders for kind in inspect(folder))
     checkpoint = open_any(path)
@@ -174,7 +175,7 @@ def _first_look(looks: Iterable[_Look], names: Iterable[str]) -> _Look | None:
 def _look_of_gguf(checkpoint: GgufCheckpoint) -> _Look:
     architecture = checkpoint.metadata.get("general.architecture", "an unnamed architecture")
     parts = checkpoint.metadata.get("split.count", 1)
-    if parts > 1:
+    if isinstance(parts, int) and parts > 1:
         return _Look("", f"one of {parts} parts of a GGUF (llama-gguf-split --merge joins them)", "", "")
     # By its tensors: nobody has agreed on an architecture's name for it.
     if _first_look([_LENS_GGUF], checkpoint.header):
@@ -202,7 +203,7 @@ def _layout(path: Path, checkpoint: AnyCheckpoint, look: _Look, alone: bool) -> 
         return "GGUF"
     if look.form == "in OpenAI's own layout":
         return "OpenAI's original layout"
-    if path.is_dir():
+    if os.path.isdir(path):
         count = len(checkpoint.paths)
         return f"folder of {count} shards" if count > 1 else "folder with one file"
     if not alone:

@@ -128,7 +128,7 @@ def plan_load(
     parts: Iterable[Part] = (),
 ) -> Plan:
     """Find every tensor of ``structure`` in the header, or raise; parameters as in ``load_into``."""
-    source = rename(checkpoint.header, table, unused)
+    source = rename(checkpoint.header, table, unused, file=checkpoint.name)
     expected = structure.state_dict()
     parts, optional = tuple(parts), set(optional)
     made = {target for part in parts for target in part.targets}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from .gguf import GgufCheckpoint, is_gguf
@@ -15,13 +16,13 @@ SUBFOLDERS = {"denoiser": "transformer", "encoder": "text_encoder", "vae": "vae"
 def component_path(path: str | Path, component: str) -> Path:
     """The component's own folder if ``path`` is a whole Lens folder, else ``path`` itself."""
     inside = Path(path) / SUBFOLDERS[component]
-    return inside if inside.is_dir() else Path(path)
+    return inside if os.path.isdir(inside) else Path(path)
 
 
 def open_any(path: str | Path) -> AnyCheckpoint:
     """A safetensors or GGUF file, or a folder with one or with shards; raises CheckpointError."""
     path = Path(path)
-    if path.is_dir() and not any(path.glob("*.safetensors*")):
+    if os.path.isdir(path) and not any(path.glob("*.safetensors*")):
         found = sorted(path.glob("*.gguf"))
         path = found[0] if len(found) == 1 else path
     return GgufCheckpoint(path) if is_gguf(path) else open_checkpoint(path)

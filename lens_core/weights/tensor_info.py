@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from ..errors import CheckpointError
 
 # Names as safetensors spells them; GGUF's F64, F32, F16 and BF16 are the same.
 DTYPES: dict[str, torch.dtype] = {
@@ -61,9 +63,14 @@ class TensorInfo:
         if length <= 0:
             return torch.empty(max(stop - start, 0), row, dtype=torch.uint8)
         skipped = first % mmap.ALLOCATIONGRANULARITY
-        with self.path.open("rb") as file:
-            access = mmap.ACCESS_COPY  # writable for torch's sake; nothing is ever written
-            pages = mmap.mmap(file.fileno(), skipped + length, access=access, offset=first - skipped)
+        access = mmap.ACCESS_COPY  # writable for torch's sake; nothing is ever written
+        try:
+            with self.path.open("rb") as file:
+                pages = mmap.mmap(file.fileno(), skipped + length, access=access, offset=first - skipped)
+        except (OSError, ValueError) as error:  # ValueError: the file ends before the tensor
+            raise CheckpointError(
+                f"{self.path} has been changed or removed since it was opened ({error}). Choose it again."
+            ) from error
         return torch.frombuffer(pages, dtype=torch.uint8, offset=skipped).view(stop - start, row)
 
     def values(self, start: int = 0, stop: int | None = None) -> Tensor:
@@ -79,6 +86,11 @@ class TensorInfo:
         rows = self.shape[0] if self.shape else 1
         step = max(1, _PIECE * rows // max(self.nbytes, 1))
         return ((start, min(start + step, rows)) for start in range(0, rows, step))
+
+
+def is_addressable(shape: Sequence[int]) -> bool:
+    """Whether torch can have a tensor of this shape: its strides fit into 63 bits, even if it is empty."""
+    return math.prod(max(size, 1) for size in shape) < 2**63
 
 
 def cast(info: TensorInfo, dtype: torch.dtype) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,14 +27,14 @@ def variant_of(name: str, metadata: dict[str, str] | None = None) -> Variant:
 
     Lens itself (RL-tuned) when neither says otherwise.
     """
-    return _told((metadata or {}).get("lens.variant") or name) or LENS
+    return _told(str((metadata or {}).get("lens.variant") or name)) or LENS
 
 
 def variant_at(path: Path, metadata: dict[str, str] | None = None) -> Variant:
     """The same of a file or folder: by its metadata, else by the nearest that tells: its own name, a link's
     or what it leads to; where a folder's configuration says it comes from; the folders that it lies in."""
     told = (metadata or {}).get("lens.variant")
-    names = [told] if told else _names(path)
+    names = [str(told)] if told else _names(path)
     return next((variant for variant in map(_told, names) if variant is not None), LENS)
 
 
@@ -57,6 +58,6 @@ def _names(path: Path) -> Iterator[str]:
 
 def _read(file: Path) -> dict:
     try:
-        return read_json(file) if file.is_file() else {}
+        return read_json(file) if os.path.isfile(file) else {}
     except CheckpointError:
         return {}
