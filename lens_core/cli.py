@@ -1,5 +1,5 @@
 """``python -m lens_core generate``: pictures from a Lens folder, without ComfyUI; ``cache``: kept features;
-``quantize``: a smaller denoiser.
+``quantize``: a smaller denoiser; ``download``: model files; ``check``: a report on computer and files.
 
 Flags and their meanings are those of the published inference script, and further ones for the text
 encoder; steps and cfg default to the checkpoint's published settings instead of Lens' for all.
@@ -20,6 +20,8 @@ import torch
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from .cli_check import add_check, check
+from .cli_download import add_download, download
 from .cli_flags import ATTENTIONS, DTYPES, OFF, add_generate, default_cache
 from .cli_quantize import add_quantize, quantize
 from .config import PLACEMENTS, TEMPLATE_DATE, DenoiserConfig, EncoderOptions, Variant
@@ -53,6 +55,8 @@ def build_parser() -> argparse.ArgumentParser:
     cache.add_argument("--folder", default=default_cache(), metavar="DIR", help="default: %(default)s")
     cache.add_argument("--clear", action="store_true", help="delete them")
     add_quantize(commands, device)
+    add_check(commands, device)
+    add_download(commands)
     return parser
 
 
@@ -325,6 +329,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif args.command == "quantize":
             _check_device(args.device)
             print(quantize(args))
+        elif args.command == "check":
+            _check_device(args.device)
+            text, broken = check(args)
+            print(text)
+            return int(broken)
+        elif args.command == "download":
+            for line in download(args):
+                print(line, flush=True)
         else:
             for path in generate(args):
                 print(path)

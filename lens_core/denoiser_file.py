@@ -23,7 +23,7 @@ from .quantized import linear_sizes, replace_linears
 from .weights import DENOISER, denoiser_config, load_into
 from .weights.keymap import rename
 from .weights.kind import open_part
-from .weights.loader import AnyCheckpoint, OnTensor, Part, Source, Stored
+from .weights.loader import AnyCheckpoint, OnTensor, Part, Source, Stored, plan_load
 from .weights.quantized import UNUSED, stored_layers
 from .weights.quantized_part import QuantizedPart
 
@@ -110,6 +110,13 @@ class DenoiserFile:
             read=read,
             on_tensor=on_tensor,
         )
+
+    def check(self) -> None:
+        """Raise CheckpointMismatch or CheckpointError where ``load`` would; nothing is read."""
+        structure = LensDenoiser(self.config, device="meta")
+        replace_linears(structure, {name: part.packed for name, part in self.stored.items()})
+        parts = self.parts(self.stored)
+        plan_load(structure, self.checkpoint, DENOISER, unused=UNUSED, parts=parts)
 
     def parts(self, layers: Mapping[str, QuantizedPart], loras: Merge = NO_LORAS) -> list[Part]:
         """All tensors that are not as they are stored: those of ``layers``, and what ``loras`` change."""

@@ -27,15 +27,16 @@ from .quant.policy import NONE
 from .vae import LensVAE
 from .weights import load_into, open_checkpoint, vae_config
 from .weights.detect import is_ldm_vae
-from .weights.keymap import VAE_DIFFUSERS, VAE_LDM
+from .weights.keymap import VAE_DIFFUSERS, VAE_LDM, Table
 from .weights.kind import part_of, require
-from .weights.loader import OnTensor
+from .weights.loader import AnyCheckpoint, OnTensor, plan_load
 from .weights.opening import SUBFOLDERS, component_path
 from .weights.reader import read_json
 
 __all__ = [
     "SUBFOLDERS",
     "build_denoiser",
+    "check_component",
     "component_path",
     "load_denoiser",
     "load_encoder",
@@ -43,7 +44,8 @@ __all__ = [
     "open_denoiser",
     "open_encoder",
 ]
-
+# Of the batch norm's training; some files lack it.
+_COUNTER = ("model.bn.num_batches_tracked",)
 _MOST_VAE_LAYERS = 16  # FLUX.2's has 2 in each of 4 blocks
 
 
@@ -107,7 +109,24 @@ def load_encoder(
 
 def load_vae(path: str | Path, dtype: torch.dtype, on_tensor: OnTensor | None = None) -> LensVAE:
     """The VAE on the CPU in ``dtype``, from either naming of its tensors."""
-    path = component_path(path, "vae")
+    vae, checkpoint, table = _open_vae(component_path(path, "vae"))
+    load_into(vae, checkpoint, table, dtype, optional=_COUNTER, on_tensor=on_tensor)
+    return vae.eval()
+
+
+def check_component(path: str | Path, component: str, tokenizer_places: Sequence[Path] = ()) -> None:
+    """Raise the error that loading a denoiser, encoder or vae would, from the header alone."""
+    if component == "denoiser":
+        open_denoiser(path).check()
+    elif component == "encoder":
+        _ = open_encoder(path, tokenizer_places).tokenizer
+    else:
+        vae, checkpoint, table = _open_vae(component_path(path, "vae"))
+        plan_load(vae, checkpoint, table, optional=_COUNTER)
+
+
+def _open_vae(path: Path) -> tuple[LensVAE, AnyCheckpoint, Table]:
+    """A VAE without memory, its tensors in the file, and how they are renamed."""
     whole = open_checkpoint(path)
     require(whole, "vae")
     checkpoint = part_of(whole, "vae")
@@ -124,10 +143,8 @@ def load_vae(path: str | Path, dtype: torch.dtype, on_tensor: OnTensor | None = 
         raise CheckpointError(
             f"The sizes in {source} make no FLUX.2 VAE ({error}). Download the file again."
         ) from error
-    table = VAE_LDM if is_ldm_vae(checkpoint) else VAE_DIFFUSERS
-    counter = ("model.bn.num_batches_tracked",)
-    load_into(vae, checkpoint, table, dtype, optional=counter, on_tensor=on_tensor)
-    return vae.eval()
+    table: Table = VAE_LDM if is_ldm_vae(checkpoint) else VAE_DIFFUSERS
+    return vae, checkpoint, table
 
 
 def _check_counts(config: dict[str, Any]) -> None:

@@ -45,8 +45,8 @@ def quantize_file(
 ) -> Path:
     """Write ``target``, the denoiser quantised by ``mode``, the rest in bf16; returns it.
 
-    ``loras`` are merged into its weights first; with them the mode may be ``none``: weights stay as wide, or
-    as quantised, as they are.
+    ``loras`` are merged into its weights first; with them the mode may be ``none``: all weights in bf16,
+    or as the file has quantised them.
 
     Weights are quantised one at a time on ``device``. ``on_tensor(done, total)`` may raise to cancel: what is
     written stays in ``<target>.part``, and the same call goes on there. A target that holds just this already

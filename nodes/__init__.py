@@ -4,13 +4,16 @@ from comfy_api.latest import ComfyExtension, io
 
 from .accelerate import LensAccelerate
 from .decode import LensVAEDecode
+from .doctor import LensDoctor
 from .encode import LensClearFeatureCache, LensTextEncode
 from .host.paths import register_folders
 from .latent import LensEmptyLatent
 from .load import LensEncoderLoader, LensModelLoader, LensVAELoader
+from .lora import LensLoraLoader
 from .memory import LensMemoryEstimate
 from .quantize import LensQuantizeModel
 from .sample import LensGuider, LensNoise, LensSampler, LensScheduler
+from .save import LensSaveModel
 from .step_cache import LensStepCache
 
 
@@ -26,10 +29,13 @@ class LensExtension(ComfyExtension):
         return [
             LensModelLoader,
             LensQuantizeModel,
+            LensLoraLoader,
+            LensSaveModel,
             LensAccelerate,
             LensEncoderLoader,
             LensVAELoader,
             LensMemoryEstimate,
+            LensDoctor,
             LensTextEncode,
             LensClearFeatureCache,
             LensEmptyLatent,

@@ -6,6 +6,7 @@ from comfy_api.latest import io
 from ..lens_core.config import PLACEMENTS
 from ..lens_core.quant.policy import CHOICES, NONE
 from .host import paths
+from .host.choice import check_choice
 from .host.clip import load_clip
 from .host.settings import one_of
 from .host.shelf import hold, shelved_model
@@ -66,6 +67,11 @@ class LensModelLoader(io.ComfyNode):
                 io.Float.Output(display_name="cfg", tooltip="5 for Lens and Base, 1 for Turbo."),
             ],
         )
+
+    @classmethod
+    def validate_inputs(cls, model_name=None):
+        """Instead of ComfyUI's "not in list"."""
+        return check_choice("denoiser", model_name)
 
     @classmethod
     def fingerprint_inputs(cls, model_name="", dtype="auto", quantization=NONE, **_):
@@ -140,6 +146,11 @@ class LensEncoderLoader(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, encoder_name=None):
+        """Instead of ComfyUI's "not in list"."""
+        return check_choice("encoder", encoder_name)
+
+    @classmethod
     def fingerprint_inputs(cls, encoder_name="", **_):
         """A file replaced under its name is opened again."""
         return paths.stamp("encoder", encoder_name)
@@ -177,6 +188,11 @@ class LensVAELoader(io.ComfyNode):
             ],
             outputs=[io.Vae.Output(display_name="VAE", tooltip="For LensVAEDecode or any VAE node.")],
         )
+
+    @classmethod
+    def validate_inputs(cls, vae_name=None):
+        """Instead of ComfyUI's "not in list"."""
+        return check_choice("vae", vae_name)
 
     @classmethod
     def execute(cls, vae_name: str) -> io.NodeOutput:

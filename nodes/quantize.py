@@ -4,6 +4,7 @@ from comfy_api.latest import io
 
 from ..lens_core.quant.policy import MODES
 from .host import paths
+from .host.choice import check_choice
 from .host.progress import say
 from .host.quantize import fingerprint, quantize_model
 from .host.settings import one_of
@@ -59,6 +60,11 @@ class LensQuantizeModel(io.ComfyNode):
             outputs=[io.String.Output(display_name="file_name", tooltip="As the loaders list the file.")],
             is_output_node=True,
         )
+
+    @classmethod
+    def validate_inputs(cls, model_name=None):
+        """Instead of ComfyUI's "not in list"."""
+        return check_choice("denoiser", model_name)
 
     @classmethod
     def fingerprint_inputs(cls, model_name="", quantization="", file_name="", **_):

@@ -18,6 +18,7 @@ TINY = {
     "LensModelLoader": {"model_name": "lens_turbo_tiny_bf16.safetensors"},
     "LensEncoderLoader": {"encoder_name": "gpt_oss_tiny_mxfp4.safetensors"},
     "LensVAELoader": {"vae_name": "flux2_tiny_vae.safetensors"},
+    "LensLoraLoader": {"lora_name": "lens_tiny_lora.safetensors"},
 }
 
 

@@ -26,7 +26,7 @@ class LiveBytes(TorchDispatchMode):
         }
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor):
+            if isinstance(leaf, torch.Tensor) and not leaf.is_meta:
                 self._count(leaf.untyped_storage(), before)
         return result
 

@@ -149,13 +149,19 @@ def can_record() -> bool:
     return torch.cuda.get_allocator_backend() == "native"
 
 
+def why_never(device: torch.device) -> str | None:
+    """Why nothing can be recorded on ``device``, in words; None where something can."""
+    if device.type != "cuda":
+        return f"the model computes on the {device.type.upper()}"
+    return None if can_record() else "CUDA's asynchronous allocator is in use"
+
+
 def why_not(weights: Sequence[Tensor], streams: Sequence[Tensor], shared: Shared) -> str | None:
     """Why blocks with these weights cannot be recorded, in words; None where they can."""
     device = streams[0].device
-    if device.type != "cuda":
-        return f"the model computes on the {device.type.upper()}"
-    if not can_record():
-        return "CUDA's asynchronous allocator is in use"
+    reason = why_never(device)
+    if reason is not None:
+        return reason
     if torch.is_grad_enabled() and any(x.requires_grad for x in (*streams, *weights)):
         return "gradients are asked for"
     if shared.attention is not None or shared.mask is not None:

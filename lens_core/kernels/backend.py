@@ -18,6 +18,13 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def why_no_gpu(device: torch.device) -> str | None:
+    """Why no kernels of ours run on ``device``, in words; None where they may."""
+    if device.type == "cuda" or interpreted():
+        return None
+    return f"there is no GPU for it, {device.type.upper()} computes"
+
+
 def why_no_triton(device: torch.device, dtype: torch.dtype, part: str) -> str | None:
     """The first limit of all our Triton kernels that is not met, in words; None where all are.
 
@@ -46,13 +53,18 @@ def why_no_float8(device: torch.device) -> str | None:
 
 def self_test(difference: Callable[[], float]) -> str | None:
     """Run ``difference``, a relative L2 between two backends; None where it is small, else what happened."""
+    return self_tested(difference)[1]
+
+
+def self_tested(difference: Callable[[], float]) -> tuple[float | None, str | None]:
+    """The difference (None: there was none to be had) and what ``self_test`` says of it."""
     try:
         error = difference()
     except Exception as problem:  # noqa: BLE001  a missing C compiler, driver or header has many types
-        return f"the self-test failed ({type(problem).__name__}: {str(problem).strip()[:200]})"
+        return None, f"the self-test failed ({type(problem).__name__}: {str(problem).strip()[:200]})"
     if error < SELF_TEST_LIMIT:
-        return None
-    return f"the self-test differs from PyTorch by {error:.1e}"
+        return error, None
+    return error, f"the self-test differs from PyTorch by {error:.1e}"
 
 
 def apart(got: tuple[Tensor | None, ...] | Tensor, want: tuple[Tensor | None, ...] | Tensor) -> float:

@@ -36,7 +36,7 @@ EAGER_BLOCK = BlockKernels("torch", block.add_modulate, block.joint_heads, block
 @cache
 def choose_block(device: torch.device, dtype: torch.dtype, head_dim: int) -> BlockKernels:
     """The fastest backend on ``device`` in ``dtype``; why it is not Triton on a GPU is logged once."""
-    if device.type != "cuda" and not backend.interpreted():
+    if backend.why_no_gpu(device) is not None:
         return EAGER_BLOCK
     reason = why_not_triton_block(device, dtype, head_dim)
     if reason is None:
@@ -60,13 +60,22 @@ def why_not_triton_block(device: torch.device, dtype: torch.dtype, head_dim: int
 
 
 def attends(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether attention by Triton is right in ``dtype`` (fp16 would overflow) and known to be faster.
+    """Whether attention by Triton is right in ``dtype`` (fp16 would overflow) and known to be faster."""
+    return why_not_attend(device, dtype) is None
+
+
+def why_not_attend(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why PyTorch's attention is used instead, in words; None where ours is.
 
     AMD's GPUs number their generations otherwise, and their compiler has not all of the kernel's options.
     """
-    if dtype != torch.bfloat16 or torch.version.hip is not None:
-        return False
-    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] == 9
+    if dtype != torch.bfloat16:
+        return f"the denoiser computes in {str(dtype).removeprefix('torch.')}, and it takes bfloat16"
+    if torch.version.hip is not None or (
+        device.type == "cuda" and torch.cuda.get_device_capability(device)[0] != 9
+    ):
+        return "it is known to be faster than PyTorch's on Hopper alone (compute capability 9)"
+    return None
 
 
 @cache

@@ -47,10 +47,15 @@ def flash3(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
 
 
 def why_not(device: torch.device, dtype: torch.dtype, head_dim: int, mask: Tensor | None) -> str | None:
-    """The first limit that is not met, in words; None where all are.
+    """The first limit that is not met, or what its self-test said, in words; None where it can run.
 
     It looks at the disk, so ask once for each run and not at each attention.
     """
+    return limit(device, dtype, head_dim, mask) or _self_test(str(device), dtype, head_dim)
+
+
+def limit(device: torch.device, dtype: torch.dtype, head_dim: int, mask: Tensor | None) -> str | None:
+    """The first limit that is not met, in words; None where all are."""
     if mask is not None:
         return "prompts of different lengths need a mask, and it takes none"
     if dtype not in DTYPES:
@@ -62,7 +67,7 @@ def why_not(device: torch.device, dtype: torch.dtype, head_dim: int, mask: Tenso
         return f"this GPU has compute capability {_dotted(capability)}, and it takes 8.0 to 9.0"
     if head_dim > LARGEST_HEAD or head_dim % HEAD_STEP:
         return f"a head has {head_dim} channels, and it takes multiples of {HEAD_STEP} up to {LARGEST_HEAD}"
-    return _why_no_kernel() or _self_test(str(device), dtype, head_dim)
+    return _why_no_kernel()
 
 
 def _why_no_kernel() -> str | None:
@@ -103,12 +108,12 @@ def _kernel() -> Callable[..., Tensor | tuple[Tensor, ...]]:
 @cache
 def _self_test(device: str, dtype: torch.dtype, head_dim: int) -> str | None:
     """Load the kernel and run it once; None where it agrees with PyTorch, else what happened."""
-    reason = backend.self_test(lambda: _difference(torch.device(device), dtype, head_dim))
+    reason = backend.self_test(lambda: difference(torch.device(device), dtype, head_dim))
     # A changed PyTorch needs another build, which the cache may not hold.
     return None if reason is None else f"{reason}; if PyTorch has changed, fetch it again: {FETCH}"
 
 
-def _difference(device: torch.device, dtype: torch.dtype, head_dim: int) -> float:
+def difference(device: torch.device, dtype: torch.dtype, head_dim: int) -> float:
     """Relative L2 to PyTorch's attention on random q, k, v in the denoiser's layout."""
     generator = torch.Generator().manual_seed(0)
     q, k, v = (

@@ -31,14 +31,14 @@ _REPEATS = (1, 10, 30)
 @cache
 def choose_linear(device: torch.device, dtype: torch.dtype) -> LinearKernels:
     """The fastest backend on ``device`` in ``dtype``; why it is not Triton on a GPU is logged once."""
-    if device.type != "cuda" and not backend.interpreted():
+    if backend.why_no_gpu(device) is not None:
         return EAGER_LINEAR
     reason = why_not_triton_linear(device, dtype)
     if reason is not None:
         log.warning("Quantised weights are unpacked in plain PyTorch, slower than with Triton: %s.", reason)
     kernels = triton_linear_kernels() if reason is None else replace(EAGER_LINEAR, multiply={})
     products = {FLOAT8: multiply_float8 if reason is not None else _float8_product, **kernels.multiply}
-    here = {kind: run for kind, run in products.items() if _limit(kind, device, dtype) is None}
+    here = {kind: run for kind, run in products.items() if limit(kind, device, dtype) is None}
     return replace(kernels, multiply=here, why_not=cache(partial(_why_not, device=device, dtype=dtype)))
 
 
@@ -54,7 +54,7 @@ def why_not_triton_linear(device: torch.device, dtype: torch.dtype) -> str | Non
 @cache
 def why_not(kind: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why inputs are not quantised to ``kind``, in words; None where they can be."""
-    reason = _limit(kind, device, dtype)
+    reason = limit(kind, device, dtype)
     if reason is None and not backend.interpreted():
         reason = backend.self_test(lambda: product_difference(kind, device, dtype))
     return reason
@@ -70,7 +70,8 @@ def _float8_product(
     return multiply_float8(streams, weights, biases)
 
 
-def _limit(kind: str, device: torch.device, dtype: torch.dtype) -> str | None:
+def limit(kind: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """The first limit of products of ``kind`` that is not met, in words; None where all are."""
     if kind == INT8:
         return why_not_triton_linear(device, dtype)
     reason = backend.why_no_float8(device)

@@ -42,7 +42,7 @@ EAGER = Kernels("torch", eager.add_norm, eager.attention, eager.route, eager.exp
 
 def choose(device: torch.device, dtype: torch.dtype, bank: Bank, largest_scale: int = 0) -> Kernels:
     """The fastest backend for ``bank`` on ``device`` in ``dtype``; ``largest_scale`` of all e8m0 bytes."""
-    if device.type != "cuda" and not backend.interpreted():
+    if backend.why_no_gpu(device) is not None:
         return EAGER
     reason = why_not_triton(device, dtype, bank, largest_scale)
     if reason is None:
@@ -83,10 +83,10 @@ def _self_test(device: str, dtype: torch.dtype, format_name: str, experts: int) 
     """Run a small layer's operations on both backends; None where they agree, else what happened."""
     if backend.interpreted():
         return None
-    return backend.self_test(lambda: _difference(torch.device(device), dtype, format_name, experts))
+    return backend.self_test(lambda: difference(torch.device(device), dtype, format_name, experts))
 
 
-def _difference(device: torch.device, dtype: torch.dtype, format_name: str, experts: int) -> float:
+def difference(device: torch.device, dtype: torch.dtype, format_name: str, experts: int) -> float:
     """The largest relative L2 between the backends' operations, each on the same random input."""
     generator = torch.Generator().manual_seed(0)
 

@@ -34,7 +34,7 @@ EAGER_STRIPS = StripKernels("torch", strips.add_moments, strips.affine, strips.n
 @cache
 def choose_strips(device: torch.device, dtype: torch.dtype) -> StripKernels:
     """The fastest backend on ``device`` in ``dtype``; why it is not Triton on a GPU is logged once."""
-    if device.type != "cuda" and not backend.interpreted():
+    if backend.why_no_gpu(device) is not None:
         return EAGER_STRIPS
     reason = backend.why_no_triton(device, dtype, "the VAE")
     if reason is None and not backend.interpreted():

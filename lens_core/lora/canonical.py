@@ -36,6 +36,16 @@ def check(layer: str, infos: Mapping[str, TensorInfo], size: tuple[int, int], fi
             )
 
 
+def check_numbers(layer: str, tensors: Layer, file: str) -> None:
+    """Raise CheckpointError where one is infinite or none, which would make every picture black."""
+    for name, tensor in tensors.items():
+        if not tensor.float().isfinite().all():
+            raise CheckpointError(
+                f"{file} has infinite numbers, or none (NaN), in {name} of {layer}. Its training failed, or "
+                "it is damaged: download it again, or choose another file."
+            )
+
+
 def canonical(
     tensors: Layer, layer: str, kind: Kind, size: tuple[int, int], scaling: Scaling, sd_scripts: bool
 ) -> Layer:
@@ -44,14 +54,14 @@ def canonical(
     What a constraint of OFT does is done here, since ComfyUI takes its alpha for something else. ``size`` is
     (rows, columns) of the weight, ``layer`` its name in the file.
     """
-    result = dict(tensors)
+    result = {name: _flat(name, tensor) for name, tensor in tensors.items()}
     if "dora_scale" in result:
         # PEFT's has one dimension. A square weight's could be of rows or columns: rows, as all write by now.
         magnitude = result["dora_scale"]
         of_rows = magnitude.ndim == 1 or magnitude.shape[0] == size[0]
         result["dora_scale"] = magnitude.reshape((-1, 1) if of_rows else (1, -1))
     if "alpha" in result:
-        result["alpha"] = _finite(result["alpha"].float().reshape(()), layer)
+        result["alpha"] = result["alpha"].float().reshape(())
     if "oft_blocks" in result:
         return _without_constraint(result, size[0])
     if "oft_R.weight" in result:
@@ -68,15 +78,15 @@ def canonical(
     return result
 
 
+def _flat(name: str, tensor: Tensor) -> Tensor:
+    """A 1 x 1 convolution's matrix as a linear's; ComfyUI wants Tucker cores as they are."""
+    core = name in ("lora_mid.weight", "hada_t1", "hada_t2", "lokr_t2")
+    return tensor.flatten(1) if tensor.ndim == 4 and not core else tensor
+
+
 def _without_constraint(layer: Layer, rows: int) -> Layer:
     blocks = layer["oft_blocks"].float()
     skew = constrained(blocks, layer, rows)
     rest = {name: tensor for name, tensor in layer.items() if name != "alpha"}
     plain = torch.equal(skew, blocks - blocks.transpose(1, 2))
     return rest if plain else {**rest, "oft_blocks": skew / 2}
-
-
-def _finite(alpha: Tensor, layer: str) -> Tensor:
-    if not alpha.isfinite():
-        raise CheckpointError(f"The alpha of {layer} is {alpha.item()}, no number. Download the file again.")
-    return alpha

@@ -18,7 +18,7 @@ from ..errors import CheckpointError
 from ..weights import Checkpoint, open_checkpoint
 from ..weights.kind import describe
 from ..weights.reader import read_json
-from .canonical import Layer, canonical, check
+from .canonical import Layer, canonical, check, check_numbers
 from .kinds import Kind, kind_of
 from .metadata import Scaling, read_scaling
 from .names import Place, find_place, places, split_key
@@ -27,7 +27,7 @@ from .split import join
 Sizes = Mapping[str, tuple[int, int]]
 # What PEFT's save_pretrained writes.
 _CONFIG, _ADAPTER = "adapter_config.json", "adapter_model.safetensors"
-_MOST_TENSORS = 100_000
+_MOST_TENSORS = 20_000
 _WITHOUT_BIAS = ("_mlp.w1", "_mlp.w2", "_mlp.w3")
 # (whose LoRA it is, a pattern that one of its keys matches); the first row that matches wins.
 _FOREIGN: tuple[tuple[str, str], ...] = (
@@ -141,9 +141,10 @@ class LoraFile:
             parts = targets.setdefault(place.layer, {})
             target = parts.setdefault(place.part, _Target(split[0]))
             if split[1] in target.keys:
+                keys = f"{_short(target.keys[split[1]])} and as {_short(key)}"
                 raise CheckpointError(
-                    f"{self.name} holds {split[1]} of {place.layer} twice, as {target.keys[split[1]]} and as "
-                    f"{key}. Download it again, or save one adapter alone."
+                    f"{self.name} holds {split[1]} of {place.layer} twice, as {keys}. Save one adapter "
+                    "alone, or download it again."
                 )
             target.keys[split[1]] = key
         for layer, parts in targets.items():
@@ -160,8 +161,8 @@ class LoraFile:
         got = target.kind.size
         if (got[0] or rows, got[1] or columns) != (rows, columns) or columns % target.kind.block:
             raise CheckpointError(
-                f"{self.name} is a LoRA for {self._whose()}: what it has for {target.base} fits a weight "
-                f"of {list(got)}, and {layer} {'' if part is None else 'has a part '}of Lens is "
+                f"{self.name} is a LoRA for {self._whose()}: what it has for {_short(target.base)} fits a "
+                f"weight of {list(got)}, and {layer} of Lens {'is' if part is None else 'has a part of'} "
                 f"{[rows, columns]}; {_EXPECTED}"
             )
 
@@ -184,6 +185,7 @@ class LoraFile:
         check(target.base, {name: header[key] for name, key in keys.items()}, size, self.name)
         # Copied: a mapping each would take more open files than a process may have.
         tensors = {name: self.checkpoint.read(key).clone() for name, key in keys.items()}
+        check_numbers(target.base, tensors, self.name)
         sd_scripts = not any("lora_A" in key for key in keys.values())
         assert target.kind is not None
         return canonical(tensors, target.base, target.kind, size, self.scaling, sd_scripts)
@@ -192,7 +194,9 @@ class LoraFile:
         if not any(split_key(key) for key in self.checkpoint.header):
             return f"{self.name} is {describe(self.checkpoint)}, no LoRA; {_EXPECTED}"
         first = next(key for key in self.checkpoint.header if split_key(key))
-        return f"{self.name} is a LoRA for {self._whose()} (its keys are such as {first}); {_EXPECTED}"
+        return (
+            f"{self.name} is a LoRA for {self._whose()} (its keys are such as {_short(first)}); {_EXPECTED}"
+        )
 
     def _whose(self) -> str:
         for name, pattern in _FOREIGN:
@@ -219,4 +223,8 @@ def open_lora(path: Path) -> LoraFile:
 
 def _first(names: list[str], count: int = 3) -> str:
     rest = len(names) - count
-    return ", ".join(names[:count]) + (f" and {rest} more" if rest > 0 else "")
+    return ", ".join(map(_short, names[:count])) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _short(key: str) -> str:
+    return key if len(key) <= 150 else f"{key[:147]}..."

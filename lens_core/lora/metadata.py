@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from itertools import islice
 from typing import Any, NamedTuple
 
 # Entries of the metadata that hold all the settings as JSON.
@@ -24,6 +25,8 @@ _ALPHA = ("lora_alpha", "alpha", "network_alpha")
 _RANK = ("r", "rank", "lora_rank")
 # diffusers keeps the configs of a pipeline's parts in one object.
 _PREFIX = "transformer."
+# Lens has 582 linears.
+_MOST_PATTERNS = 2000
 # PEFT's number of terms of the series that stands for the inverse in OFT.
 TERMS = 5
 
@@ -72,9 +75,9 @@ def read_scaling(metadata: Mapping[str, Any]) -> Scaling:
     exact = str(settings.get("use_cayley_neumann")).lower() == "false"
     return Scaling(
         alpha=_first(settings, _ALPHA),
-        alphas=_numbers(settings.get("alpha_pattern")),
+        alphas=_patterns(settings.get("alpha_pattern")),
         rank=_first(settings, _RANK),
-        ranks=_numbers(settings.get("rank_pattern")),
+        ranks=_patterns(settings.get("rank_pattern")),
         sd_scripts_alpha=_number(settings.get("ss_network_alpha")),
         square_root=str(settings.get("use_rslora")).lower() in ("true", "1"),
         peft_lokr="lokr" in (str(settings.get(name)).lower() for name in ("peft_type", "networkType")),
@@ -83,13 +86,9 @@ def read_scaling(metadata: Mapping[str, Any]) -> Scaling:
 
 
 def _of_layer(patterns: Mapping[str, float], layer: str, default: float | None) -> float | None:
-    """The number for a layer: that of the first pattern which is its name or the end of it.
-
-    PEFT takes a pattern for a regular expression; from a stranger's file those could run for ever.
-    """
+    """The number for a layer: that of the first pattern which is its name or the end of it."""
     for pattern, number in patterns.items():
-        literal = pattern.removeprefix("^").removesuffix("$").replace("\\.", ".")
-        if f".{layer}".endswith(f".{literal}"):
+        if f".{layer}".endswith(f".{pattern}"):
             return number
     return default
 
@@ -104,9 +103,17 @@ def _object(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _numbers(value: Any) -> dict[str, float]:
-    found = ((name, _number(number)) for name, number in _object(value).items())
-    return {name: number for name, number in found if number is not None}
+def _patterns(value: Any) -> dict[str, float]:
+    """Numbers by layers' names, or ends of them.
+
+    PEFT takes these for regular expressions; from a stranger's file such could run for ever.
+    """
+    found = ((name, _number(number)) for name, number in islice(_object(value).items(), _MOST_PATTERNS))
+    return {
+        name.removeprefix("^").removesuffix("$").replace("\\.", "."): number
+        for name, number in found
+        if number is not None
+    }
 
 
 def _first(settings: Mapping[str, Any], names: tuple[str, ...]) -> float | None:

@@ -51,6 +51,10 @@ _PARTS: tuple[tuple[str, tuple[str, ...]], ...] = (
 )
 
 
+# Longer keys name no layer, and no suffix is as long as this: what a stranger's file may cost is bounded.
+_LONGEST_KEY, _LONGEST_SUFFIX = 512, 80
+
+
 class Place(NamedTuple):
     """A layer, and which of its q, k and v (0, 1, 2) is meant; None: all of it."""
 
@@ -60,8 +64,10 @@ class Place(NamedTuple):
 
 def split_key(key: str) -> tuple[str, str] | None:
     """A key without its suffix, and the suffix as ComfyUI's adapters name it; None for no key of a LoRA."""
+    if len(key) > _LONGEST_KEY:
+        return None
     for pattern, name in _SUFFIX:
-        match = pattern.search(key)
+        match = pattern.search(key, max(0, len(key) - _LONGEST_SUFFIX))
         if match and match.start():
             return key[: match.start()], name
     return None

@@ -73,10 +73,17 @@ def linear(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
 
 def multiplies(form: LayerFormat, device: torch.device) -> bool:
     """Whether inputs are quantised too: the GPU has products of the format, and the file allows it."""
-    needs = NEEDS.get(form.name)
-    if needs is None or form.full_precision or device.type != "cuda" or torch.version.hip is not None:
-        return False
-    return _capability(device) >= needs
+    return form.name in NEEDS and not form.full_precision and why_not_multiply(form.name, device) is None
+
+
+def why_not_multiply(name: str, device: torch.device) -> str | None:
+    """Why ``device`` has no products of the format of this name, in words; None where it has."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return f"products of {name} are on NVIDIA's GPUs alone"
+    found, needs = _capability(device), NEEDS[name]
+    if found < needs:
+        return "this GPU has compute capability {}.{}, and {} needs {}.{}".format(*found, name, *needs)
+    return None
 
 
 @cache

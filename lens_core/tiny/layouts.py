@@ -44,6 +44,8 @@ def write_everything(out: Path, seed: int) -> list[Path]:
     comfy = {**to_comfy_nvfp4(encoder), "tokenizer_json": embedded}
     written.tensors("text_encoders/gpt_oss_tiny_nvfp4.safetensors", comfy)
     written.tensors("vae/flux2_tiny_vae.safetensors", _to_ldm(vae))
+    lora = models.lora_weights(generator)
+    written.tensors("loras/lens_tiny_lora.safetensors", lora, models.LORA_METADATA)
     return written.files
 
 

@@ -11,9 +11,13 @@ from ..config import DenoiserConfig, EncoderConfig
 from ..denoiser import LensDenoiser
 from ..encoder import GptOssEncoder
 from ..quant.mxfp4 import BLOCK, quantize
+from ..quant.policy import is_quantized
+from ..quantized import linear_sizes
 from ..vae import LensVAE
 
 DENOISER = DenoiserConfig(num_layers=3, num_attention_heads=2, enc_hidden_dim=64)
+_LORA_RANK = 4
+LORA_METADATA = {"lora_alpha": "2"}
 VAE = {
     "block_out_channels": [32, 32, 32, 32],
     "layers_per_block": 1,
@@ -74,6 +78,17 @@ def vae_weights(generator: torch.Generator) -> dict[str, Tensor]:
     weights["bn.running_var"] = 1 + torch.rand(channels, generator=generator)
     weights["bn.num_batches_tracked"] = torch.tensor(1000)
     return dict(sorted(weights.items()))
+
+
+def lora_weights(generator: torch.Generator) -> dict[str, Tensor]:
+    """A LoRA for the denoiser's attention and MLPs, under PEFT's names; alpha is in ``LORA_METADATA``."""
+    weights = {}
+    for name, (rows, columns) in linear_sizes(LensDenoiser(DENOISER, device="meta")).items():
+        if is_quantized(name):  # the layers that trainers choose too
+            down = torch.randn(_LORA_RANK, columns, generator=generator) / math.sqrt(columns)
+            weights[f"{name}.lora_A.weight"] = down
+            weights[f"{name}.lora_B.weight"] = torch.randn(rows, _LORA_RANK, generator=generator) / 4
+    return weights
 
 
 def random_weights(module: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:

@@ -52,13 +52,13 @@ class _Look:
 
 
 _LENS, _ENCODER = "a Lens denoiser", "a GPT-OSS encoder"
-_QKV = r"(?:^|\.)transformer_blocks\.0\.attn\.img_qkv\."
-_EXPERTS = r"(?:^|\.)layers\.0\.mlp\.experts\.gate_up_proj"
+_QKV = r"transformer_blocks\.0\.attn\.img_qkv\."
+_EXPERTS = r"layers\.0\.mlp\.experts\.gate_up_proj"
 _LORA = (
     r"\.(?:lora_(?:down|up|mid|A|B)|lora\.(?:down|up)|lora_linear_layer\.(?:down|up)|hada_[wt][12]\w*"
     r"|lokr_[wt][12]\w*|oft_(?:blocks|diag|R)|dora_scale|diff(?:_b)?)(?:\.|$)"
 )
-# The first row that matches wins.
+# The first row that matches wins. A pattern that begins with letters is found ten times as fast.
 _LOOKS: tuple[_Look, ...] = (
     _Look("lora", "a LoRA", "", _LORA),
     _Look("denoiser", _LENS, "quantised by SDNQ", _QKV + "zero_point$"),
@@ -68,18 +68,16 @@ _LOOKS: tuple[_Look, ...] = (
     _Look("encoder", _ENCODER, "quantised for ComfyUI", _EXPERTS + r"\.(?:comfy_quant|weight_scale)$"),
     _Look("encoder", _ENCODER, "in bf16 for ComfyUI", _EXPERTS + r"\.weight$"),
     _Look("encoder", _ENCODER, "in bf16", _EXPERTS + "$"),
-    _Look("encoder", _ENCODER, "in OpenAI's own layout", r"(?:^|\.)block\.0\.mlp\.mlp1_weight\.blocks$"),
+    _Look("encoder", _ENCODER, "in OpenAI's own layout", r"block\.0\.mlp\.mlp1_weight\.blocks$"),
     _Look("vae", "a FLUX.2 VAE", "", r"(?:^|\.)bn\.running_mean$"),
-    _Look("", "a FLUX denoiser", "", r"(?:^|\.)double_blocks\.0\.img_attn\.qkv\.weight$"),
-    _Look(
-        "", "a FLUX denoiser (diffusers)", "", r"(?:^|\.)single_transformer_blocks\.0\.attn\.to_q\.weight$"
-    ),
-    _Look("", "a Qwen-Image denoiser", "", r"(?:^|\.)transformer_blocks\.0\.attn\.add_q_proj\.weight$"),
-    _Look("", "a Stable Diffusion checkpoint", "", r"(?:^|\.)input_blocks\.0\.0\.weight$"),
+    _Look("", "a FLUX denoiser", "", r"double_blocks\.0\.img_attn\.qkv\.weight$"),
+    _Look("", "a FLUX denoiser (diffusers)", "", r"single_transformer_blocks\.0\.attn\.to_q\.weight$"),
+    _Look("", "a Qwen-Image denoiser", "", r"transformer_blocks\.0\.attn\.add_q_proj\.weight$"),
+    _Look("", "a Stable Diffusion checkpoint", "", r"input_blocks\.0\.0\.weight$"),
     _Look("", "a CLIP text encoder", "", r"text_model\.encoder\.layers\.0\.|transformer\.resblocks\.0\."),
     _Look("", "a T5 text encoder", "", r"encoder\.block\.0\.layer\.0\.SelfAttention\.q\.weight$"),
-    _Look("", "a VAE of another model", "", r"(?:^|\.)decoder\.conv_in\.weight$"),
-    _Look("", "a language model", "", r"(?:^|\.)layers\.0\.self_attn\.q_proj\.weight$"),
+    _Look("", "a VAE of another model", "", r"decoder\.conv_in\.weight$"),
+    _Look("", "a language model", "", r"layers\.0\.self_attn\.q_proj\.weight$"),
 )
 _LENS_GGUF = _Look("denoiser", _LENS, "in GGUF", _QKV + "weight$")
 _ENCODER_GGUF = _Look("encoder", _ENCODER, "in GGUF", r"^blk\.0\.ffn_gate_exps\.weight$")

@@ -39,10 +39,16 @@ class SteppedWriter:
     ``finish``. Raises CheckpointError where the disk will not have it."""
 
     def __init__(
-        self, target: Path, steps: Sequence[Mapping[str, Tensor]], metadata: Mapping[str, str]
+        self,
+        target: Path,
+        steps: Sequence[Mapping[str, Tensor]],
+        metadata: Mapping[str, str],
+        *,
+        resume: bool = True,
     ) -> None:
-        """``steps``: the tensors of each in the order of the file, without memory."""
-        self.target, self.steps, self.done = target, steps, 0
+        """``steps``: the tensors of each in the order of the file, without memory. Without ``resume`` a part
+        is begun anew and not kept: for tensors that the header does not tell from others."""
+        self.target, self.steps, self.done, self.resume = target, steps, 0, resume
         self.part = part_of(target)
         self._head, self._ends = _layout(steps, metadata)
         self._file: IO[bytes] | None = None
@@ -87,7 +93,7 @@ class SteppedWriter:
         """Leave what is written for the next time, if there is something to go on from."""
         if self._file is not None:
             self._file.close()
-            if self.done == 0:
+            if self.done == 0 or not self.resume:
                 with contextlib.suppress(OSError):
                     self.part.unlink()
 
@@ -119,7 +125,7 @@ class SteppedWriter:
         """Cut the part back to the last steps that the disk surely has, or begin it; returns their number."""
         size = file.seek(0, os.SEEK_END)
         file.seek(0)
-        if file.read(len(self._head)) != self._head:
+        if not self.resume or file.read(len(self._head)) != self._head:
             file.truncate(0)
             _write(file, memoryview(self._head))
             return 0

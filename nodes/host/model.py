@@ -292,12 +292,12 @@ def with_guidance(model):
     return model
 
 
-def require_lens(model) -> None:
-    """Raise SettingError unless MODEL is Lens, ours or ComfyUI's own."""
+def require_lens(model, does: str = "samples", instead: str = ", or use ComfyUI's own KSampler") -> None:
+    """Raise SettingError unless MODEL is Lens, ours or ComfyUI's own; with what the node ``does`` with it."""
     own = getattr(comfy.model_base, "Lens", LensModel)
     network = getattr(model, "model", None)
     if not isinstance(network, (LensModel, own)):
         raise SettingError(
-            f"The model is {type(network).__name__}; this node samples Lens only. Connect "
-            "LensModelLoader, or UNETLoader with a Lens file, or use ComfyUI's own KSampler."
+            f"The model is {type(network).__name__}; this node {does} Lens only. Connect "
+            f"LensModelLoader, or UNETLoader with a Lens file{instead}."
         )

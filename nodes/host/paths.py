@@ -17,6 +17,7 @@ import folder_paths
 from ...lens_core.errors import CheckpointError, SettingError
 from ...lens_core.loading import SUBFOLDERS, component_path
 from .kinds import holds
+from .missing import or_none_yet, what_is_missing
 
 _HOST_FOLDER = {"denoiser": "diffusion_models", "encoder": "text_encoders", "vae": "vae"}
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
@@ -35,7 +36,8 @@ def register_folders() -> None:
 def choices(component: str) -> list[str]:
     """Combo options of a loader: single files that hold the component, then folders."""
     found = {**_singles(component), **_folders(component)}
-    return [name for name, path in found.items() if holds(component_path(path, component), component)]
+    fitting = (name for name, path in found.items() if holds(component_path(path, component), component))
+    return or_none_yet(list(fitting))
 
 
 def path_of(component: str, name: str) -> Path:
@@ -46,11 +48,7 @@ def path_of(component: str, name: str) -> Path:
             return Path(single)
     folder = _folders(component).get(name)
     if folder is None:
-        raise CheckpointError(
-            f"There is no {component} {name!r}. Expected a file in models/{_HOST_FOLDER[component]} "
-            f"or a Lens folder models/{LENS_FOLDER}/<name> with {SUBFOLDERS[component]}/ in it. "
-            "Press R to refresh the list."
-        )
+        raise CheckpointError(what_is_missing(component, name, choices(component)))
     return folder
 
 
@@ -96,6 +94,13 @@ def _files(component: str, name: str | None) -> list[Path]:
     except CheckpointError:
         return []
     return sorted(filter(Path.is_file, path.rglob("*") if path.is_dir() else [path]))
+
+
+def roots() -> list[Path]:
+    """The folders that the lists are made from."""
+    keys = (*_HOST_FOLDER.values(), _CHECKPOINTS, *_WHOLE_MODELS)
+    found = (Path(root) for key in keys for root in folder_paths.get_folder_paths(key))
+    return list(dict.fromkeys(root for root in found if root.is_dir()))
 
 
 def tokenizer_places() -> list[Path]:

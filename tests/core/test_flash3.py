@@ -56,8 +56,8 @@ def here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setattr(module.metadata, "distributions", distributions)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: state.capability)
     monkeypatch.setenv("KERNELS_CACHE", str(tmp_path))
-    difference = module._difference
-    monkeypatch.setattr(module, "_difference", lambda _, dtype, head_dim: difference(CPU, dtype, head_dim))
+    difference = module.difference
+    monkeypatch.setattr(module, "difference", lambda _, dtype, head_dim: difference(CPU, dtype, head_dim))
     cached(tmp_path, "one")
     forget()
     yield state
@@ -208,7 +208,7 @@ def test_the_self_test_runs_once_for_each_dtype_and_size(
     here: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ):
     ran = []
-    monkeypatch.setattr(module, "_difference", lambda *call: ran.append(call) or 0.0)
+    monkeypatch.setattr(module, "difference", lambda *call: ran.append(call) or 0.0)
     for dtype, head_dim in ((BF16, 64), (BF16, 64), (torch.float16, 64), (BF16, 128)):
         assert why_not(CUDA, dtype, head_dim, None) is None
     assert ran == [(CUDA, BF16, 64), (CUDA, torch.float16, 64), (CUDA, BF16, 128)]

@@ -24,7 +24,7 @@ def bank(experts: int = 4, hidden: int = 64, inner: int = 32, form: str = "mxfp4
 def _gpu(monkeypatch: pytest.MonkeyPatch):
     """A GPU that meets every limit; choices of earlier tests are forgotten, and this one's after it."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
-    monkeypatch.setattr(registry, "_difference", lambda *_: 0.0)
+    monkeypatch.setattr(registry, "difference", lambda *_: 0.0)
 
     def forget() -> None:
         for cached in (registry._self_test, registry._say_once):
@@ -105,7 +105,7 @@ def test_a_refusal_is_said_once(caplog: pytest.LogCaptureFixture):
 def test_a_self_test_that_differs(
     error: float, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
-    monkeypatch.setattr(registry, "_difference", lambda *_: error)
+    monkeypatch.setattr(registry, "difference", lambda *_: error)
     for _ in range(2):
         assert choose(CUDA, torch.bfloat16, bank()) is EAGER
     (line,) = caplog.messages
@@ -116,7 +116,7 @@ def test_a_self_test_that_raises(monkeypatch: pytest.MonkeyPatch, caplog: pytest
     def fail(*_: Any) -> float:
         raise OSError("  gcc: not found\n" + "x" * 999)
 
-    monkeypatch.setattr(registry, "_difference", fail)
+    monkeypatch.setattr(registry, "difference", fail)
     for _ in range(2):
         assert choose(CUDA, torch.bfloat16, bank()) is EAGER
     (line,) = caplog.messages
@@ -125,7 +125,7 @@ def test_a_self_test_that_raises(monkeypatch: pytest.MonkeyPatch, caplog: pytest
 
 def test_the_self_test_runs_once_for_each_kind_of_bank(monkeypatch: pytest.MonkeyPatch):
     ran = []
-    monkeypatch.setattr(registry, "_difference", lambda *call: ran.append(call) or 0.0)
+    monkeypatch.setattr(registry, "difference", lambda *call: ran.append(call) or 0.0)
     for form, experts in (("mxfp4", 4), ("mxfp4", 4), ("nvfp4", 4), ("mxfp4", 8)):
         choose(CUDA, torch.bfloat16, bank(experts, form=form))
     choose(CUDA, torch.float16, bank())

@@ -209,3 +209,15 @@ def test_ranks_and_kinds_are_told(file: DenoiserFile, tmp_path: Path):
     lora = open_lora(tmp_path / "x.safetensors").match(file.sizes)
     assert (lora.rank, sorted(lora.ranks), sorted(lora.kinds)) == (RANK, [2, RANK], ["DoRA", "LoRA"])
     assert "ranks 2 to 4" in lora.summary(1.0)
+
+
+def test_a_matrix_as_a_convolution_is_a_matrix(
+    file: DenoiserFile, weights: dict[str, Tensor], tmp_path: Path
+):
+    """Some programs write a linear's as that of a 1 x 1 convolution."""
+    flat = lora_files.lora(torch.Generator().manual_seed(0), file.sizes[QKV])
+    tensors = {f"{QKV}.{name}": tensor[:, :, None, None] for name, tensor in flat.tensors.items()}
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, tmp_path / "x.safetensors")
+    lora = open_lora(tmp_path / "x.safetensors").match(file.sizes)
+    assert all(tensor.ndim == 2 for tensor in lora.layers[QKV].values())
+    assert_same_weights(lora.layers, {QKV: lambda w: flat.change(w, 1.0)}, weights)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from pathlib import Path
 
@@ -70,7 +71,8 @@ def test_a_checkpoint_is_no_lora(tmp_path: Path):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({f"{QKV}.alpha": torch.tensor(float("nan"))}, "alpha of"),
+        ({f"{QKV}.alpha": torch.tensor(float("nan"))}, "NaN), in alpha of"),
+        ({f"{QKV}.lora_up.weight": torch.full((384, RANK), torch.inf)}, "infinite numbers"),
         ({f"{QKV}.alpha": torch.ones(2)}, "with 2 numbers; expected [1]"),
         ({f"{QKV}.dora_scale": torch.ones(5, 1)}, "with 5 numbers; expected [128, 384]"),
         ({f"{QKV}.diff_b": torch.ones(128)}, "with 128 numbers; expected [384]"),
@@ -119,3 +121,22 @@ def test_pickles_are_refused(tmp_path: Path):
     torch.save({"a": torch.ones(1)}, tmp_path / "y.pt")
     with pytest.raises(CheckpointError, match="zip archive"):
         open_lora(tmp_path / "y.pt")
+
+
+def test_hostile_headers_take_no_time(tmp_path: Path):
+    """Keys as long as a file, and patterns without end: this would take hours if it were not bounded."""
+    keys = [f"{'lora_' * 500_000}{QKV}.lora_A.weight", f"{'.' * 500_000}alpha"]
+    endless = json.dumps({"lora_alpha": 8, "alpha_pattern": {"(a+)+$" * 10: 2, "a" * 1000: 3}})
+    tensors = {**pair(QKV), **{key: torch.ones(1) for key in keys}}
+    save_file(tensors, tmp_path / "x.safetensors", {"lora_adapter_metadata": endless})
+    lora = open_lora(tmp_path / "x.safetensors").match(SIZES)
+    assert sorted(lora.unmatched) == sorted(keys)
+    assert lora.layers[QKV]["alpha"] == 8
+    assert len(lora.summary(1.0)) < 1000
+
+
+def test_a_file_of_too_many_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("lens_core.lora.file._MOST_TENSORS", 3)
+    save_file({str(i): torch.zeros(0) for i in range(4)}, tmp_path / "x.safetensors")
+    with pytest.raises(CheckpointError, match="4 tensors, more than any LoRA"):
+        open_lora(tmp_path / "x.safetensors")

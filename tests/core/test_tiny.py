@@ -70,6 +70,7 @@ def test_every_layout_is_written(written: Path):
         "text_encoders/gpt_oss_tiny_mxfp4.safetensors",
         "text_encoders/gpt_oss_tiny_nvfp4.safetensors",
         "vae/flux2_tiny_vae.safetensors",
+        "loras/lens_tiny_lora.safetensors",
     }
 
 

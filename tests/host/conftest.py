@@ -259,6 +259,39 @@ def stock_clip(host: Host, tiny_models: Path) -> Any:
 
 
 @pytest.fixture
+def models(host, tiny_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """models/diffusion_models of this test alone, where the node writes; models/unet is searched first."""
+    import folder_paths
+
+    names = folder_paths.folder_names_and_paths
+    folders = [tmp_path / "unet", tmp_path / "diffusion_models"]
+    for folder in folders:
+        folder.mkdir()
+    searched = [str(folder) for folder in (*folders, tiny_models / "diffusion_models")]
+    monkeypatch.setitem(names, "diffusion_models", (searched, names["diffusion_models"][1]))
+    monkeypatch.setattr(folder_paths, "filename_list_cache", {})
+    return folders[1]
+
+
+@pytest.fixture
+def velocity(tiny: Tiny) -> Iterator[Callable[[Any], torch.Tensor]]:
+    """One forward of a MODEL, loaded with its patches."""
+    import comfy.model_management
+
+    from tests.host.helpers import random_context, random_latent
+
+    x, sigma, context = random_latent(1, (5, 3)), torch.tensor([0.7]), random_context(1, 6)
+
+    def run(model: Any) -> torch.Tensor:
+        comfy.model_management.load_models_gpu([model])
+        dtype = model.model.get_dtype_inference()
+        return model.model.diffusion_model(x.to(dtype), sigma.to(dtype), context.to(dtype)).float()
+
+    yield run
+    comfy.model_management.load_models_gpu([tiny.model])
+
+
+@pytest.fixture
 def management(host, tiny):
     """ComfyUI's memory manager, with no model loaded before and after."""
     import comfy.model_management

@@ -56,11 +56,12 @@ def runs(model) -> tuple[int, int, int]:
     return tuple(options(model)[GRAPHS].runs.values())
 
 
-@pytest.fixture
-def lora(host, tiny, own_models):
+@pytest.fixture(params=["LensLoraLoader", "LoraLoaderModelOnly"])
+def lora(request, host, tiny, own_models):
     def run(model, name="accelerated.safetensors"):
         write_lora(own_models / "loras" / name, tiny.model.model.diffusion_model, 1.0)
-        return host.run("LoraLoaderModelOnly", model=model, lora_name=name, strength_model=1.0)[0]
+        strength = "strength" if request.param == "LensLoraLoader" else "strength_model"
+        return host.run(request.param, model=model, lora_name=name, **{strength: 1.0})[0]
 
     return run
 

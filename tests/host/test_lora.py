@@ -6,25 +6,10 @@ import pytest
 import torch
 
 from tests.compare import relative_l2
-from tests.host.helpers import LORA_TARGETS, random_context, random_latent, write_lora
+from tests.host.helpers import LORA_TARGETS, write_lora
 
 # Weights patched in fp32, then the same forward. Measured: 2e-7 at most.
 SAME = 1e-5
-
-
-@pytest.fixture
-def velocity(tiny):
-    """One forward of a MODEL, loaded with its patches."""
-    import comfy.model_management
-
-    x, sigma, context = random_latent(1, (5, 3)), torch.tensor([0.7]), random_context(1, 6)
-
-    def run(model):
-        comfy.model_management.load_models_gpu([model])
-        return model.model.diffusion_model(x, sigma, context)
-
-    yield run
-    comfy.model_management.load_models_gpu([tiny.model])
 
 
 @pytest.mark.parametrize("strength", [0.7, -1.0])

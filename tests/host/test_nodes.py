@@ -29,6 +29,16 @@ NODES = {
         ["model_name", "quantization", "file_name", "overwrite"],
         [("file_name", "STRING")],
     ),
+    "LensLoraLoader": (
+        "Lens LoRA Loader",
+        ["model", "lora_name", "strength", "block_strengths"],
+        [("MODEL", "MODEL")],
+    ),
+    "LensSaveModel": (
+        "Lens Save Model",
+        ["model", "file_name", "overwrite"],
+        [("file_name", "STRING")],
+    ),
     "LensAccelerate": (
         "Lens Accelerate",
         ["model", "cuda_graphs", "attention"],
@@ -44,6 +54,11 @@ NODES = {
         "Lens Memory Estimate",
         ["model", "clip", "vae", "latent", "steps", "text_tokens", "vram_gb"],
         [("estimate", "STRING")],
+    ),
+    "LensDoctor": (
+        "Lens Doctor",
+        ["files", "hash", "parity", "model", "clip", "vae"],
+        [("report", "STRING")],
     ),
     "LensTextEncode": (
         "Lens Text Encode",
@@ -85,6 +100,10 @@ SETTINGS = {
     ("LensQuantizeModel", "quantization"): (list(MODES), "float8_dynamic"),
     ("LensQuantizeModel", "file_name"): ("STRING", ""),
     ("LensQuantizeModel", "overwrite"): ("BOOLEAN", False),
+    ("LensLoraLoader", "strength"): ("FLOAT", 1.0),
+    ("LensLoraLoader", "block_strengths"): ("STRING", ""),
+    ("LensSaveModel", "file_name"): ("STRING", "lens_merged"),
+    ("LensSaveModel", "overwrite"): ("BOOLEAN", False),
     ("LensAccelerate", "cuda_graphs"): ("BOOLEAN", True),
     ("LensAccelerate", "attention"): (["auto", "host", "flash_attn3"], "auto"),
     ("LensEmptyLatent", "base_resolution"): (["512", "768", "1024", "1440"], "1024"),
@@ -209,6 +228,9 @@ def test_what_older_workflows_lack_is_optional(host):
         ("LensGuider", "guidance_end"),
         ("LensQuantizeModel", "file_name"),
         ("LensQuantizeModel", "overwrite"),
+        ("LensLoraLoader", "block_strengths"),
+        ("LensSaveModel", "overwrite"),
+        *(("LensDoctor", name) for name in ("model", "clip", "vae")),
     }
     _, negative = host.run("LensTextEncode", clip=_EchoClip(), prompt="x")
     assert negative == "encoded ''"

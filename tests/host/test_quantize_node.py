@@ -23,21 +23,6 @@ OURS_ALONE = ("int4_weight_only", "uint4_sdnq")
 
 
 @pytest.fixture
-def models(host, tiny_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """models/diffusion_models of this test alone, where the node writes; models/unet is searched first."""
-    import folder_paths
-
-    names = folder_paths.folder_names_and_paths
-    folders = [tmp_path / "unet", tmp_path / "diffusion_models"]
-    for folder in folders:
-        folder.mkdir()
-    searched = [str(folder) for folder in (*folders, tiny_models / "diffusion_models")]
-    monkeypatch.setitem(names, "diffusion_models", (searched, names["diffusion_models"][1]))
-    monkeypatch.setattr(folder_paths, "filename_list_cache", {})
-    return folders[1]
-
-
-@pytest.fixture
 def quantize(host, models: Path) -> Callable[..., str]:
     """Runs the node; returns its output."""
 

@@ -85,14 +85,17 @@ def test_a_swap_back_is_from_ram(load, draw, opened, caplog, ram, no_leak, quant
     assert opened == [LENS, TURBO]
 
 
-@pytest.mark.parametrize("quantization", ["none", "int8_dynamic"])
-def test_a_lora_in_between_leaves_no_trace(host, load, draw, own_models, ram, no_leak, quantization):
+@pytest.mark.parametrize(
+    "quantization, node, strength",
+    [("none", "LensLoraLoader", "strength"), ("int8_dynamic", "LoraLoaderModelOnly", "strength_model")],
+)
+def test_a_lora_in_between_leaves_no_trace(
+    host, load, draw, own_models, ram, no_leak, quantization, node, strength
+):
     lens = load(LENS, quantization)
     want = draw(model=lens)["samples"]
     write_lora(own_models / "loras" / "shelf.safetensors", load(LENS).model.diffusion_model, 1.0)
-    (patched,) = host.run(
-        "LoraLoaderModelOnly", model=lens, lora_name="shelf.safetensors", strength_model=1.0
-    )
+    (patched,) = host.run(node, model=lens, lora_name="shelf.safetensors", **{strength: 1.0})
     assert relative_l2(draw(model=patched)["samples"], want) > 0.05
     network = weakref.ref(lens.model)
     turbo = load(TURBO, quantization)

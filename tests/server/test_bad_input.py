@@ -130,6 +130,24 @@ def test_zero_steps_is_refused_before_anything_runs(server: ComfyServer, picture
     assert_draws(server, picture_prompt)
 
 
+def test_a_missing_file_is_refused_with_its_link_before_anything_runs(
+    server: ComfyServer, picture_prompt: Callable[..., dict]
+):
+    with pytest.raises(PromptRejected) as caught:
+        server.queue(picture_prompt(vae__vae_name="flux2-vae.safetensors"))
+    (error,) = json.loads(str(caught.value))["node_errors"]["vae"]["errors"]
+    assert error["extra_info"]["input_name"] == "vae_name"
+    for part in (
+        "flux2-vae.safetensors",
+        "https://huggingface.co/",
+        "0.34 GB",
+        "download vae --to",
+        "press R",
+    ):
+        assert part in error["details"]
+    assert_draws(server, picture_prompt)
+
+
 def test_empty_prompt_draws(server: ComfyServer, picture_prompt: Callable[..., dict]):
     entry = server.wait(server.queue(picture_prompt(text__prompt="  ", sampler__seed=11)))
     assert error_of(entry) is None
