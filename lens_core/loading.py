@@ -46,7 +46,6 @@ __all__ = [
 ]
 # Of the batch norm's training; some files lack it.
 _COUNTER = ("model.bn.num_batches_tracked",)
-
 _MOST_VAE_LAYERS = 16  # FLUX.2's has 2 in each of 4 blocks
 
 

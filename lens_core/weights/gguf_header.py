@@ -125,7 +125,7 @@ class _Parser:
     def _name(self) -> str:
         name = self._string()
         if len(name) > _LONGEST_NAME or not name.isprintable():
-            raise _damaged(f"it has the name {name[:_LONGEST_NAME]!r}")
+            raise _damaged(f"a value or tensor is called {name!r:.60}")
         return name
 
     def _entry(self) -> tuple[str, Any]:

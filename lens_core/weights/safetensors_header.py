@@ -22,7 +22,7 @@ from .user_file import opened
 LARGEST_HEADER = 16 * 2**20
 # Braces and brackets: a tensor has three. What these cost to parse is bounded, unlike what 16 MB could hold.
 _MOST_PARTS = 200_000
-_LONGEST_NAME = 500
+_LONGEST_NAME, _LONGEST_NUMBER = 500, 20
 _MOST_DIMENSIONS = 16
 # Bits of a number, by the dtypes' names.
 _BITS = {
@@ -73,6 +73,8 @@ def _parse(path: Path, text: bytes, length: int, size: int) -> tuple[dict[str, T
         metadata = _metadata(header.pop("__metadata__", {}))
         tensors = {name: _tensor(path, name, entry, 8 + length) for name, entry in header.items()}
         end = _end(tensors, 8 + length)
+    except json.JSONDecodeError as error:
+        raise damaged(f"its header is no JSON: {error.msg} at character {error.pos:,}") from error
     except (ValueError, RecursionError) as error:
         raise damaged(error) from error
     if end != size:
@@ -89,7 +91,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _size(text: str) -> int:
-    if text.startswith("-"):
+    if text.startswith("-") or len(text) > _LONGEST_NUMBER:
         raise ValueError(f"its header has the number {text:.40}")
     return int(text)
 
@@ -105,7 +107,7 @@ def _metadata(found: Any) -> dict[str, str]:
 def _tensor(path: Path, name: str, entry: Any, data: int) -> TensorInfo:
     """Checked alone; ``data`` is where the tensors begin in the file."""
     if len(name) > _LONGEST_NAME or not name.isprintable():
-        raise ValueError(f"a tensor is called {name[:_LONGEST_NAME]!r}")
+        raise ValueError(f"a tensor is called {name!r:.60}")
     entry = entry if isinstance(entry, dict) else {}
     dtype, shape, span = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in _BITS:
