@@ -30,8 +30,8 @@ def what_is_missing(component: str, name: str, offered: Sequence[str]) -> str:
     """The sentences of the error; ``offered`` is what the loader's list has."""
     if key := published_as(component, name):
         return f"There is no {_where_from(key)}"
-    folders = _folders(SOURCES[USUAL[component]].mirrors[0].directory)
-    gone = f"There is no {component} {name!r} in {folders}, nor a folder of that name in models/{LENS_FOLDER}"
+    own = SOURCES[USUAL[component]].mirrors[0].directory
+    gone = f"There is no {component} {name!r} in models/{own}, nor a folder of it in models/{LENS_FOLDER}"
     there = [option for option in offered if option != NONE_YET]
     if not there:
         gone = f"There is no {component} yet" if name == NONE_YET else gone

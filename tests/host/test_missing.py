@@ -68,8 +68,7 @@ def test_a_name_of_ones_own_gets_the_list(host, name):
 @pytest.mark.parametrize("component", NODES)
 def test_an_empty_list_has_an_option_that_leads_to_the_usual_file(host, monkeypatch, component):
     paths, missing = host.module("nodes.host.paths"), host.module("nodes.host.missing")
-    monkeypatch.setattr(paths.folder_paths, "get_filename_list", lambda key: [])
-    monkeypatch.setattr(paths, "_ggufs", lambda component: [])
+    monkeypatch.setattr(paths, "_singles", lambda component: {})
     monkeypatch.setattr(paths, "_folders", lambda component: {})
     assert paths.choices(component) == [missing.NONE_YET]
     usual = SOURCES[missing.USUAL[component]].mirrors[0]
