@@ -6,6 +6,7 @@ ComfyUI's own Lens, which the denoiser is compared with, is handed to lens_core 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from ...lens_core.memory.layers import LayerStore
 from . import paths
 from .clip import LensClip
 from .graphs import why_never
+from .lora import path_of as lora_path
 from .model import LensModel
 from .progress import on_progress
 from .vae import LensHostVAE
@@ -66,9 +68,9 @@ def chosen(files: str) -> list[Path]:
 
 
 def _path_of(name: str) -> Path:
-    for component in SUBFOLDERS:
+    for find in (*(partial(paths.path_of, component) for component in SUBFOLDERS), lora_path):
         try:
-            return paths.path_of(component, name)
+            return find(name)
         except CheckpointError:
             continue
     raise SettingError(

@@ -93,7 +93,7 @@ def apply_lora(model: Any, lora_name: str, strength: float, block_strengths: str
     entries = parse_block_strengths(block_strengths, len(network.transformer_blocks))
     if strength == 0:
         return model, f"{lora_name}: strength 0, the model is as it was."
-    file = open_lora(_path(lora_name))
+    file = open_lora(path_of(lora_name))
     matched = file.match(_linear_sizes(network))
     clone = model.clone()
     by_strength: defaultdict[float, dict[str, Layer]] = defaultdict(dict)
@@ -110,7 +110,7 @@ def apply_lora(model: Any, lora_name: str, strength: float, block_strengths: str
     return clone, text
 
 
-def _path(lora_name: str) -> Path:
+def path_of(lora_name: str) -> Path:
     path = folder_paths.get_full_path(_FOLDER, lora_name)
     if path is None:
         raise CheckpointError(

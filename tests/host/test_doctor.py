@@ -85,8 +85,9 @@ def test_other_loaders_models_are_described_too(report, host):
 
 
 def test_named_files_alone(report):
-    text = report(files=f" {DENOISER} \n\nLens-tiny\n")
+    text = report(files=f" {DENOISER} \n\nLens-tiny\nlens_tiny_lora.safetensors")
     assert text.count("ok: ") == 4 and "lens_turbo" not in text
+    assert "a LoRA" in line_of(text, "lens_tiny_lora.safetensors")
 
 
 def test_an_unknown_name_is_one_sentence(report):
