@@ -16,7 +16,7 @@ class LensError(Exception):
     escaped, and the middle of a message that is too long left out.
     """
 
-    def __init__(self, message: str) -> None:
+    def __init__(self, message: str = "") -> None:
         shown = "".join(_escaped(letter) for letter in _shortened(message.replace("\n", " ")))
         super().__init__(shown)
 

@@ -48,7 +48,7 @@ def routed(tokens: int, experts: int, slots: int = 4) -> tuple[Tensor, Tensor]:
         (8, 96, 320, 45, 32),
         (8, 352, 96, 90, 64),
         (4, 96, 160, 70, 64),  # an expert has more rows than a tile
-        (32, 128, 256, 30, 16),  # 32 words: nothing to mask
+        (8, 128, 256, 20, 16),  # 32 words: nothing to mask
         (32, 32, 32, 1, 16),
     ],
 )
