@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from ..config import DenoiserConfig, EncoderConfig
 from ..denoiser import LensDenoiser
 from ..encoder import GptOssEncoder
-from ..quant.mxfp4 import BLOCK, quantize
+from ..quant.mxfp4 import quantize
 from ..quant.policy import is_quantized
 from ..quantized import linear_sizes
 from ..vae import LensVAE
@@ -18,7 +19,7 @@ from ..vae import LensVAE
 DENOISER = DenoiserConfig(num_layers=3, num_attention_heads=2, enc_hidden_dim=64)
 _LORA_RANK = 4
 LORA_METADATA = {"lora_alpha": "2"}
-VAE = {
+VAE: dict[str, Any] = {
     "block_out_channels": [32, 32, 32, 32],
     "layers_per_block": 1,
     "latent_channels": 32,
@@ -39,17 +40,15 @@ def encoder_config(vocabulary: int) -> EncoderConfig:
     )
 
 
-def denoiser_weights(generator: torch.Generator) -> dict[str, Tensor]:
+def denoiser_weights(generator: torch.Generator, config: DenoiserConfig = DENOISER) -> dict[str, Tensor]:
     """fp32 tensors under the checkpoint's names."""
-    return random_weights(LensDenoiser(DENOISER, device="meta"), generator)
+    return random_weights(LensDenoiser(config, device="meta"), generator)
 
 
 def encoder_weights(config: EncoderConfig, generator: torch.Generator) -> dict[str, Tensor]:
-    """bf16 tensors and packed MXFP4 experts under Hugging Face's names, with norm and lm_head."""
+    """fp32 tensors under Hugging Face's names, experts dense [E, rows, columns], with norm and lm_head."""
     module = GptOssEncoder(config, device="meta")
-    weights = {}
-    for name, value in random_weights(module, generator).items():
-        weights[f"model.{name}"] = value.bfloat16()
+    weights = {f"model.{name}": value for name, value in random_weights(module, generator).items()}
     for layer in range(config.num_hidden_layers):
         experts = f"model.layers.{layer}.mlp.experts"
         hidden, inner = config.hidden_size, config.intermediate_size
@@ -57,23 +56,31 @@ def encoder_weights(config: EncoderConfig, generator: torch.Generator) -> dict[s
             ("gate_up_proj", 2 * inner, hidden),
             ("down_proj", hidden, inner),
         ):
-            shape = (config.num_local_experts, rows, columns // BLOCK, BLOCK)
-            dense = torch.randn(shape, generator=generator).flatten(-2) / math.sqrt(columns)
-            blocks, scales = quantize(dense)
-            weights[f"{experts}.{name}_blocks"] = blocks
-            weights[f"{experts}.{name}_scales"] = scales
-    weights["model.norm.weight"] = torch.ones(config.hidden_size, dtype=torch.bfloat16)
+            shape = (config.num_local_experts, rows, columns)
+            weights[f"{experts}.{name}"] = torch.randn(shape, generator=generator) / math.sqrt(columns)
+    weights["model.norm.weight"] = torch.ones(config.hidden_size)
     head = torch.randn(config.vocab_size, config.hidden_size, generator=generator)
-    weights["lm_head.weight"] = (head / math.sqrt(config.hidden_size)).bfloat16()
-    return dict(sorted(weights.items()))
+    weights["lm_head.weight"] = head / math.sqrt(config.hidden_size)
+    return weights
 
 
-def vae_weights(generator: torch.Generator) -> dict[str, Tensor]:
+def packed_encoder(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """An encoder's tensors as published: dense experts [E, rows, columns] in MXFP4, the rest in bf16."""
+    packed = {}
+    for name, value in weights.items():
+        if name.endswith((".gate_up_proj", ".down_proj")):
+            packed[f"{name}_blocks"], packed[f"{name}_scales"] = quantize(value)
+        else:
+            packed[name] = value.bfloat16()
+    return dict(sorted(packed.items()))
+
+
+def vae_weights(generator: torch.Generator, config: dict[str, Any] = VAE) -> dict[str, Tensor]:
     """fp32 tensors under diffusers' names, with plausible batch-norm statistics."""
     with torch.device("meta"):
-        module = LensVAE(VAE).model
+        module = LensVAE(config).model
     weights = random_weights(module, generator)
-    channels = 4 * VAE["latent_channels"]  # type: ignore[operator]
+    channels = 4 * config["latent_channels"]
     weights["bn.running_mean"] = 0.1 * torch.randn(channels, generator=generator)
     weights["bn.running_var"] = 1 + torch.rand(channels, generator=generator)
     weights["bn.num_batches_tracked"] = torch.tensor(1000)
