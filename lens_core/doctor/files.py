@@ -6,7 +6,6 @@ Without ``hash`` and ``values`` headers alone are read, so a whole models folder
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
@@ -23,12 +22,12 @@ from ..weights import Kind, inspect
 from ..weights.gguf import GgufCheckpoint
 from ..weights.kind import open_part
 from ..weights.loader import AnyCheckpoint
+from ..weights.opening import is_shard
 from ..weights.tensor_info import DTYPES, TensorInfo
 from .report import Finding, OnProgress, sentence
 
 COMPONENTS = tuple(SUBFOLDERS)
 _SUFFIXES = (".safetensors", ".sft", ".gguf")
-_SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
 _CHUNK = 8 * 2**20
 _EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2)
 
@@ -87,7 +86,7 @@ def _within(folder: Path, seen: set[Path]) -> Iterator[Path]:
     entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     files = [path for path in entries if path.is_file()]
     weights = [path for path in files if path.name.lower().endswith(_SUFFIXES)]
-    shards = [path for path in weights if _SHARD.search(path.name)]
+    shards = [path for path in weights if is_shard(path.name)]
     joined = shards or any(path.name.endswith(".safetensors.index.json") for path in files)
     described = len(weights) == 1 and any(path.name == "config.json" for path in files)
     if joined or described:

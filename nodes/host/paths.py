@@ -9,18 +9,17 @@ any name, so that a loader can say what an old workflow's file is.
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
 
 import folder_paths
 
 from ...lens_core.errors import CheckpointError, SettingError
 from ...lens_core.loading import SUBFOLDERS, component_path
+from ...lens_core.weights.opening import is_shard
 from .kinds import holds
 from .missing import or_none_yet, what_is_missing
 
 _HOST_FOLDER = {"denoiser": "diffusion_models", "encoder": "text_encoders", "vae": "vae"}
-_SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
 _INDEX = ".safetensors.index.json"
 LENS_FOLDER = "lens"
 # Where files with several components lie, and folders of whole models.
@@ -121,7 +120,7 @@ def _singles(component: str) -> dict[str, Path]:
     names += [(_CHECKPOINTS, name) for name in checkpoints if name.endswith(".safetensors")]
     found: dict[str, Path] = {}
     for key, name in names:
-        path = None if _SHARD.search(name) else folder_paths.get_full_path(key, name)
+        path = None if is_shard(name) else folder_paths.get_full_path(key, name)
         if path is not None:
             found.setdefault(name, Path(path))
     return found
