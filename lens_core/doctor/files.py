@@ -5,16 +5,17 @@ Without ``hash`` and ``values`` headers alone are read, so a whole models folder
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..digest import sha256
 from ..errors import LensError
 from ..loading import SUBFOLDERS, check_component
 from ..sources import Published, known
@@ -28,7 +29,6 @@ from .report import Finding, OnProgress, sentence
 
 COMPONENTS = tuple(SUBFOLDERS)
 _SUFFIXES = (".safetensors", ".sft", ".gguf")
-_CHUNK = 8 * 2**20
 _EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
@@ -212,7 +212,7 @@ def hashed(path: Path, on_progress: OnProgress) -> Finding:
     """A file's SHA-256 beside the published one."""
     published = known(path.as_posix()) or Published()
     try:
-        digest = sha256(path, on_progress)
+        digest = sha256(path, partial(on_progress, f"Hashing {path.name}"))
     except OSError as error:
         return Finding(path.name, sentence(error), broken=True)
     facts = {"sha256": digest, "published": published.sha256}
@@ -222,13 +222,3 @@ def hashed(path: Path, on_progress: OnProgress) -> Finding:
         return Finding(path.name, f"SHA-256 {digest}, as published", facts=facts)
     text = f"SHA-256 {digest}, but published is {published.sha256}: damaged, or another file of that name. "
     return Finding(path.name, text + "Download it again if it should be the published one.", True, facts)
-
-
-def sha256(path: Path, on_progress: OnProgress) -> str:
-    """Hex digest of a file of any size."""
-    digest, total = hashlib.sha256(), path.stat().st_size
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-            on_progress(f"Hashing {path.name}", file.tell(), total)
-    return digest.hexdigest()
