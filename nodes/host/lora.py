@@ -21,6 +21,7 @@ from ...lens_core.lora.blocks import parse_block_strengths, strength_of
 from ...lens_core.lora.delta import merged
 from ...lens_core.weights.identity import identity
 from .model import require_lens
+from .stamp import stamp_of
 
 log = logging.getLogger(__name__)
 # The denoiser's place in ComfyUI's model, which its patches' names begin with.
@@ -78,8 +79,7 @@ def stamp(lora_name: str) -> str:
     path = folder_paths.get_full_path(_FOLDER, lora_name)
     if path is None:
         return ""
-    files = [file for file in (Path(path), Path(path).with_name(_PEFT_CONFIG)) if file.is_file()]
-    return str([(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files])
+    return stamp_of(filter(Path.is_file, (Path(path), Path(path).with_name(_PEFT_CONFIG))))
 
 
 def apply_lora(model: Any, lora_name: str, strength: float, block_strengths: str = "") -> tuple[Any, str]:

@@ -18,6 +18,7 @@ from ...lens_core.loading import SUBFOLDERS, component_path
 from ...lens_core.weights.opening import is_shard
 from .kinds import holds
 from .missing import or_none_yet, what_is_missing
+from .stamp import stamp_of
 
 _HOST_FOLDER = {"denoiser": "diffusion_models", "encoder": "text_encoders", "vae": "vae"}
 _INDEX = ".safetensors.index.json"
@@ -73,13 +74,8 @@ def new_path(component: str, name: str) -> tuple[Path, str]:
 
 
 def stamp(component: str, name: str | None) -> str:
-    """Size and time of change of an option's files; "" where there are none (a linked name is None).
-
-    By their names alone: ComfyUI writes fingerprints into pictures, where nobody's folders belong.
-    """
-    files = _files(component, name)
-    stats = [(file.name, file.stat()) for file in files]
-    return str([(file, stat.st_size, stat.st_mtime_ns) for file, stat in stats]) if files else ""
+    """Changes with an option's files; "" where there are none (a linked name is None)."""
+    return stamp_of(_files(component, name))
 
 
 def size(component: str, name: str | None) -> int:
