@@ -15,6 +15,7 @@ import folder_paths
 
 from ...lens_core.errors import CheckpointError, SettingError
 from ...lens_core.loading import SUBFOLDERS, component_path
+from ...lens_core.quantize_file import SUFFIX
 from ...lens_core.weights.opening import is_shard
 from .kinds import holds
 from .missing import or_none_yet, what_is_missing
@@ -53,8 +54,9 @@ def path_of(component: str, name: str) -> Path:
 
 
 def new_path(component: str, name: str) -> tuple[Path, str]:
-    """Where a file called ``name`` is to be written, and the option that it will be; raises SettingError for
-    a name that leaves the component's folder, or that stands for another file."""
+    """Where a file called ``name``, with or without its suffix, is to be written, and the option that it will
+    be; raises SettingError for a name that leaves the component's folder, or that stands for another file."""
+    name = name if name.endswith(SUFFIX) else f"{name}{SUFFIX}"
     key = _HOST_FOLDER[component]
     roots = folder_paths.get_folder_paths(key)
     # ComfyUI searches models/unet too, and first.

@@ -15,7 +15,7 @@ from torch import Tensor
 from ...lens_core.config import Variant
 from ...lens_core.errors import CheckpointError, SettingError
 from ...lens_core.loading import open_denoiser
-from ...lens_core.quantize_file import SUFFIX, variant_of_file
+from ...lens_core.quantize_file import variant_of_file
 from ...lens_core.weights import variant_of
 from ...lens_core.weights.writer import SteppedWriter
 from . import paths
@@ -61,7 +61,7 @@ def _path(file_name: str) -> tuple[Path, str]:
     wanted = file_name.strip()
     if not wanted:
         raise SettingError("file_name is empty. Give the file to write in models/diffusion_models a name.")
-    return paths.new_path("denoiser", wanted if wanted.endswith(SUFFIX) else f"{wanted}{SUFFIX}")
+    return paths.new_path("denoiser", wanted)
 
 
 def _new_file(model: Any, file_name: str, overwrite: bool) -> tuple[Path, str]:
