@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..digest import sha256
-from ..errors import LensError
+from ..errors import LensError, first_of
 from ..loading import SUBFOLDERS, check_component
 from ..sources import Published, known
 from ..weights import Kind, inspect
@@ -179,8 +179,7 @@ def unsound(checkpoint: AnyCheckpoint, label: str, on_progress: OnProgress) -> t
 
 
 def _some(names: list[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"{len(names)} of its tensors ({', '.join(names[:3])}{more})"
+    return f"{len(names)} of its tensors ({first_of(names, 3)})"
 
 
 def _pieces(checkpoint: AnyCheckpoint, name: str, info: TensorInfo) -> Iterator[tuple[int, Tensor]]:

@@ -15,7 +15,7 @@ import torch
 from comfy.weight_adapter import WeightAdapterBase
 from torch import Tensor
 
-from ...lens_core.errors import CheckpointError
+from ...lens_core.errors import CheckpointError, first_of
 from ...lens_core.lora import Matched, open_lora
 from ...lens_core.lora.blocks import parse_block_strengths, strength_of
 from ...lens_core.lora.delta import merged
@@ -173,5 +173,5 @@ def _report(
     if text := [key for key in matched.unmatched if key.startswith(_TEXT_ENCODER)]:
         sentences.append(f"Keys for a text encoder, which are not used: {len(text)}.")
     if names := list(left):
-        sentences.append(f"Not applied by ComfyUI: {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}.")
+        sentences.append(f"Not applied by ComfyUI: {first_of(names, 3)}.")
     return " ".join(sentences)
