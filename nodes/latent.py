@@ -23,7 +23,8 @@ class LensEmptyLatent(io.ComfyNode):
                     options=[str(base) for base in BASE_RESOLUTIONS],
                     default="1024",
                     tooltip=(
-                        "The picture has about this number squared of pixels, in any shape. 256 is for nano Lens."
+                        "The picture has about this number squared of pixels, in any shape. 256 is for nano "
+                        "Lens."
                     ),
                 ),
                 io.Combo.Input(

@@ -130,16 +130,16 @@ def sample(
 
 
 def _samples_for(model, latent: Latent) -> Tensor:
-    """The latent [B, C, h, w], an empty one with the model's channels; raises SettingError for a picture's with
-    others."""
+    """The latent [B, C, h, w], an empty one with the model's channels; raises SettingError for a picture's
+    with others."""
     samples = comfy.sample.fix_empty_latent_channels(
         model, latent["samples"], latent.get("downscale_ratio_spacial")
     )
     channels = model.get_model_object("latent_format").latent_channels
     if samples.shape[1] != channels:
         raise SettingError(
-            f"The latent has shape {list(samples.shape)}, and the model draws with {channels} channels. Encode "
-            "the picture with the VAE that belongs to the model."
+            f"The latent has shape {list(samples.shape)}, and the model draws with {channels} channels. "
+            "Encode the picture with the VAE that belongs to the model."
         )
     return samples
 
@@ -156,6 +156,6 @@ def decode(latent: Latent, vae) -> Tensor:
         raise SettingError(
             f"The latent has shape {list(samples.shape)} and the VAE decodes {channels} channels. "
             f"Lens' latents have {_CHANNELS}, which FLUX.2's VAE decodes: use LensVAELoader, or "
-            f"VAELoader with flux2-vae. Those of nano Lens have {LATENT_CHANNELS[1]}, for the VAE in its folder."
+            f"VAELoader with flux2-vae. Nano Lens' have {LATENT_CHANNELS[1]}: use the VAE in its folder."
         )
     return vae.decode(samples)

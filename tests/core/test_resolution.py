@@ -67,7 +67,7 @@ def test_the_published_sizes_of_the_smaller_training_areas():
 
 
 def test_there_are_nine_ratios_at_five_bases():
-    assert BASE_RESOLUTIONS == (256, *PUBLISHED)
+    assert (256, *PUBLISHED) == BASE_RESOLUTIONS
     assert [(base, name) for base in BUCKETS for name in BUCKETS[base]] == ALL
 
 
