@@ -36,10 +36,7 @@ def test_example_workflow_draws_and_loads_again(server: ComfyServer, path: Path)
     workflow = json.loads(path.read_text(encoding="utf-8"))
     info = server.get("/api/object_info")
     prompt = to_prompt(workflow, info)
-    if path == NANO_WORKFLOW and NANO.is_dir():  # runs as it is
-        size = NANO_SIZE
-    else:
-        size = within_reach(prompt)
+    size = NANO_SIZE if path == NANO_WORKFLOW and NANO.is_dir() else within_reach(prompt)
 
     entry = server.wait(server.queue(prompt, workflow))
     assert error_of(entry) is None
