@@ -111,6 +111,7 @@ def generate(args: argparse.Namespace) -> list[Path]:
                 "device": device.type,
                 "checkpoint": Path(args.repo_id).resolve().name,
                 "variant": variant.name,
+                **_other_parts(args),
                 **_unusual(options, args.attention, guided, step_cache, pipeline.quantization, loras),
             }
             paths.append(save_png(image, args.out, settings))
@@ -139,6 +140,8 @@ def _load(
             args.offload,
             budget,
             loras,
+            text_encoder=args.text_encoder,
+            vae=args.vae,
         )
 
 
@@ -189,6 +192,7 @@ def _check(args: argparse.Namespace) -> tuple[torch.dtype, Variant, tuple[int, i
             "without being asked. Expected a Lens folder with transformer/, text_encoder/, vae/ "
             "and tokenizer/ in it."
         )
+    _check_parts(args)
     _check_device(args.device)
     if args.vram_budget is not None and torch.device(args.device).type != "cuda":
         raise SettingError(
@@ -198,6 +202,17 @@ def _check(args: argparse.Namespace) -> tuple[torch.dtype, Variant, tuple[int, i
     # A link's own name counts too: caches keep the files under a hash.
     variant = variant_of(f"{folder.absolute().name} {folder.resolve().name}")
     return _dtype(args), variant, _size(args)
+
+
+def _check_parts(args: argparse.Namespace) -> None:
+    """Raise SettingError for a Lens folder that lacks a part which no flag gives."""
+    if not Path(args.repo_id, "transformer").is_dir():
+        return  # what is wrong with it is said as it is opened
+    for part in ("text_encoder", "vae"):
+        if getattr(args, part) is None and not Path(args.repo_id, part).is_dir():
+            raise SettingError(
+                f"{args.repo_id} has no {part}/. Take it from another folder or a file with --{part} PATH."
+            )
 
 
 def _dtype(args: argparse.Namespace) -> torch.dtype:
@@ -289,6 +304,12 @@ def _unusual(
         "lora": ([str(lora) for lora in loras], []),
     }
     return {name: value for name, (value, default) in settings.items() if value != default}
+
+
+def _other_parts(args: argparse.Namespace) -> dict[str, str]:
+    """Names of the parts that are not the folder's own, for the PNG."""
+    given = {"text_encoder": args.text_encoder, "vae": args.vae}
+    return {name: path.resolve().name for name, path in given.items() if path is not None}
 
 
 def _size(args: argparse.Namespace) -> tuple[int, int]:

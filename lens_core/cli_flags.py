@@ -27,9 +27,13 @@ def add_generate(commands: Any, device: str) -> None:
     )
     add = generate.add_argument
     add("--repo_id", required=True, metavar="PATH", help="a Lens folder in diffusers' layout")
+    other = "take it from this file or folder instead, for example another Lens folder"
+    add("--text_encoder", type=Path, metavar="PATH", help=other)
+    add("--vae", type=Path, metavar="PATH", help=other)
     add("--prompt", required=True, help="what to draw; several prompts are joined by |")
     add("--negative_prompt", default="", help="what to avoid (only where cfg is not 1)")
-    add("--base_resolution", type=int, default=1440, help=f"one of {BASE_RESOLUTIONS}")
+    bases = f"one of {BASE_RESOLUTIONS}; 256 is for the nano model"
+    add("--base_resolution", type=int, default=1440, help=bases)
     add("--aspect_ratio", default="1:1", help=f"width:height, one of {', '.join(ASPECT_RATIOS)}")
     add("--height", type=int, default=None, help="with --width: a size outside the buckets")
     add("--width", type=int, default=None, help="with --height: a size outside the buckets")

@@ -12,6 +12,8 @@ from pathlib import Path
 
 # Pixels of one image token along one side: the VAE's 8 times the 2x2 packing.
 PIXELS_PER_TOKEN = 16
+# Channels of one image token: FLUX.2's VAE has 32, packed 2x2; the nano model's VAE has 8.
+LATENT_CHANNELS = (128, 32)
 # Residual streams after these GPT-OSS layers (0-based) are the text features.
 CAPTURED_LAYERS = (5, 11, 17, 23)
 # The day in the chat template around a prompt: the one that ComfyUI's own encoder uses.

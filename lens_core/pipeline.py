@@ -70,23 +70,32 @@ class LensPipeline:
         offload: str = "auto",
         budget: float | None = None,
         loras: Sequence[Choice] = (),
+        text_encoder: str | Path | None = None,
+        vae: str | Path | None = None,
     ) -> LensPipeline:
         """Load a folder in diffusers' layout; ``on_tensor(done, total)`` counts in each component.
+
+        ``text_encoder`` and ``vae`` are files or folders to take these from instead.
 
         ``quantization`` is one of ``policy.CHOICES``, for the denoiser; ``offload`` one of
         ``memory.plan.OFFLOADS``, within ``budget`` bytes of the device (None: all that is free); ``loras``
         are merged into the denoiser's weights before they are quantised.
         """
-        file = open_encoder(folder)
+        file = open_encoder(text_encoder or folder)
         kept = None if options.feature_cache is None else FeatureCache(options.feature_cache)
         text = TextEncoder(file, dtype, dense=options.dense, features=kept)
         opened = open_denoiser(folder)
         merge = open_loras(loras, opened.sizes)
         mode = opened.mode(quantization, device)
         denoiser = build_denoiser(opened, dtype, on_tensor=on_tensor, mode=mode, device=device, loras=merge)
-        vae = load_vae(folder, dtype, on_tensor)
         residence = Residence(
-            text, denoiser, vae, device, offload=offload, placement=options.placement, budget=budget
+            text,
+            denoiser,
+            load_vae(vae or folder, dtype, on_tensor),
+            device,
+            offload=offload,
+            placement=options.placement,
+            budget=budget,
         )
         return cls(residence, dtype, options, quantization=mode)
 

@@ -22,7 +22,10 @@ class LensEmptyLatent(io.ComfyNode):
                     "base_resolution",
                     options=[str(base) for base in BASE_RESOLUTIONS],
                     default="1024",
-                    tooltip="The picture has about this number squared of pixels, in any shape.",
+                    tooltip=(
+                        "The picture has about this number squared of pixels, in any shape. 256 is for nano "
+                        "Lens."
+                    ),
                 ),
                 io.Combo.Input(
                     "aspect_ratio",

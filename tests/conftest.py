@@ -32,6 +32,16 @@ def tiny_folder(tiny_models: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def nano_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders ``lens`` and ``lens-turbo`` of nano Lens with random weights."""
+    from tools.nano.export import export_random
+
+    models = tmp_path_factory.mktemp("checkpoints") / "Example"
+    export_random(models)
+    return models
+
+
+@pytest.fixture(scope="session")
 def picture_prompt() -> Callable[..., dict[str, Any]]:
     """Builds an API prompt that draws a 512-pixel picture; keyword arguments override inputs, given
     as node__input, for example ``sampler__steps=3``."""

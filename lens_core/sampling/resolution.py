@@ -3,7 +3,8 @@
 Ratios are named width:height, sizes are (height, width) in pixels. Base 1024 and 1440 are the
 reference's 18 buckets. 512 and 768 are the other areas of the training; of those the paper names
 only the extreme and the square sizes, the others here are the exact ratio nearest in area (9:16 at
-512 has none: nearest multiple of 16). Any multiple of 16 between 1:2 and 2:1 generalises.
+512 has none: nearest multiple of 16). Any multiple of 16 between 1:2 and 2:1 generalises. 256 is
+the nano model's, which was trained with these nine sizes; the published checkpoints were not.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ Size = tuple[int, int]
 
 ASPECT_RATIOS = ("1:2", "9:16", "2:3", "3:4", "1:1", "4:3", "3:2", "16:9", "2:1")
 _HEIGHT_WIDTH = {
+    256: ((352, 176), (336, 192), (320, 208), (304, 224), (256, 256)),
     512: ((704, 352), (688, 384), (624, 416), (576, 432), (512, 512)),
     768: ((1088, 544), (1024, 576), (960, 640), (896, 672), (768, 768)),
     1024: ((1472, 736), (1376, 768), (1248, 832), (1152, 864), (1024, 1024)),
@@ -26,6 +28,7 @@ BUCKETS: dict[int, dict[str, Size]] = {
     for base, tall in _HEIGHT_WIDTH.items()
 }
 BASE_RESOLUTIONS = tuple(BUCKETS)
+_SMALLEST_PUBLISHED = 512
 
 
 def bucket(base_resolution: int, aspect_ratio: str) -> Size:
@@ -40,7 +43,7 @@ def bucket(base_resolution: int, aspect_ratio: str) -> Size:
 
 
 def nearest_bucket(height: int, width: int) -> Size:
-    """The bucket nearest in shape, then in area, to any size."""
+    """The bucket of the published checkpoints nearest in shape, then in area, to any size."""
     if height < 1 or width < 1:
         raise SizeError(f"A picture needs a positive size, got {width}x{height}.")
 
@@ -50,7 +53,8 @@ def nearest_bucket(height: int, width: int) -> Size:
         # Buckets of one name differ in ratio by up to 1 % over the bases; steps of 4 % call them equal.
         return round(25 * max(shape, 1 / shape)), max(area, 1 / area)
 
-    return min((size for sizes in BUCKETS.values() for size in sizes.values()), key=distance)
+    published = (sizes for base, sizes in BUCKETS.items() if base >= _SMALLEST_PUBLISHED)
+    return min((size for sizes in published for size in sizes.values()), key=distance)
 
 
 def check_size(height: int, width: int) -> None:

@@ -87,10 +87,10 @@ def vae_weights(generator: torch.Generator, config: dict[str, Any] = VAE) -> dic
     return dict(sorted(weights.items()))
 
 
-def lora_weights(generator: torch.Generator) -> dict[str, Tensor]:
+def lora_weights(generator: torch.Generator, config: DenoiserConfig = DENOISER) -> dict[str, Tensor]:
     """A LoRA for the denoiser's attention and MLPs, under PEFT's names; alpha is in ``LORA_METADATA``."""
     weights = {}
-    for name, (rows, columns) in linear_sizes(LensDenoiser(DENOISER, device="meta")).items():
+    for name, (rows, columns) in linear_sizes(LensDenoiser(config, device="meta")).items():
         if is_quantized(name):  # the layers that trainers choose too
             down = torch.randn(_LORA_RANK, columns, generator=generator) / math.sqrt(columns)
             weights[f"{name}.lora_A.weight"] = down

@@ -36,7 +36,8 @@ def _nothing() -> None:
 
 
 class LensVAE(nn.Module):
-    """Packed, normalised latents [B, 128, h, w] to pictures [B, 3, 16h, 16w] in [-1, 1] and back."""
+    """Packed, normalised latents [B, C, h, w] to pictures [B, 3, 16h, 16w] in [-1, 1] and back; FLUX.2's VAE
+    has C = 128."""
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__()

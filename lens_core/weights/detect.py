@@ -52,9 +52,12 @@ def vae_config(checkpoint: AnyCheckpoint) -> dict:
         encoder = [f"encoder.down_blocks.{i}.resnets.0.conv1.weight" for i in range(4)]
         decoder = [f"decoder.up_blocks.{3 - i}.resnets.0.conv1.weight" for i in range(4)]
         layers = count(source, r"^encoder\.down_blocks\.0\.resnets\.(\d+)\.")
+    down, up = ([shape(name, 4)[0] for name in names] for names in (encoder, decoder))
     return {
-        "block_out_channels": [shape(name, 4)[0] for name in encoder],
-        "decoder_block_out_channels": [shape(name, 4)[0] for name in decoder],
+        "block_out_channels": down,
+        "decoder_block_out_channels": up,
+        # No tensor tells: FLUX.2's 32, or one for each channel of a smaller level.
+        "norm_num_groups": min(32, *down),
         "layers_per_block": layers,
         "latent_channels": shape("decoder.conv_in.weight", 4)[1],
     }

@@ -2,8 +2,8 @@
 
 The denoiser is built from the operations that ComfyUI picks, so LoRA, offloading and dynamic VRAM
 work as for its own models. Two defaults make stock samplers exact: guidance rescaled to the
-conditional norm, and the schedule shift of 1024 x 1024 at the variant's published steps (LensSampler
-and LensScheduler compute it for the actual size).
+conditional norm, and the schedule shift of the model's usual size (1024 x 1024) at the variant's published
+steps (LensSampler and LensScheduler compute it for the actual size).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import comfy.supported_models_base
 import torch
 from torch import Tensor
 
-from ...lens_core.config import DenoiserConfig, Variant
+from ...lens_core.config import LATENT_CHANNELS, PIXELS_PER_TOKEN, DenoiserConfig, Variant
 from ...lens_core.denoiser import LensDenoiser
 from ...lens_core.denoiser_file import DenoiserFile
 from ...lens_core.errors import SettingError
@@ -46,11 +46,21 @@ from .run import sample_with_run
 from .several_gpus import own_parents
 
 log = logging.getLogger(__name__)
-_TOKENS_1024 = 64 * 64
+# What the published checkpoints draw at 1024 x 1024, and the nano model at 256 x 256.
+_USUAL_TOKENS = dict(zip(LATENT_CHANNELS, (64 * 64, 16 * 16), strict=True))
 # Of a prompt whose length is not known: the longest that Lens was trained with.
 _TEXT_TOKENS = 512
 # More than any GPU has, as ComfyUI itself says it where nothing of a model may stay loaded.
 _ALL_THERE_IS = 1e20
+
+
+class PackedLatents(comfy.latent_formats.LatentFormat):
+    """Latents of another VAE than FLUX.2's, whose colours are not known: there are no previews of them."""
+
+    spacial_downscale_ratio = PIXELS_PER_TOKEN
+
+    def __init__(self, channels: int) -> None:
+        self.latent_channels = channels
 
 
 class LensModelConfig(comfy.supported_models_base.BASE):
@@ -77,7 +87,11 @@ class LensModelConfig(comfy.supported_models_base.BASE):
             }
         )
         self.custom_operations = operations
-        self.sampling_settings = {"shift": empirical_mu(_TOKENS_1024, variant.steps)}
+        channels = config.in_channels
+        if channels != self.latent_format.latent_channels:
+            self.latent_format = PackedLatents(channels)
+        tokens = _USUAL_TOKENS.get(channels, _USUAL_TOKENS[LATENT_CHANNELS[0]])
+        self.sampling_settings = {"shift": empirical_mu(tokens, variant.steps)}
 
 
 class LensModel(comfy.model_base.BaseModel):

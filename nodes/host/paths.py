@@ -3,7 +3,8 @@
 Single files come from ComfyUI's own folders, files with several components from ``models/checkpoints``; whole
 Lens folders (diffusers' layout) from ``models/lens`` and ``models/diffusers``; a component's folder of shards
 may lie anywhere below the component's own folder. A list has only what its loader takes; a path is found for
-any name, so that a loader can say what an old workflow's file is.
+any name, so that a loader can say what an old workflow's file is. Last come the models that the pack itself
+brings, so that it draws without any download.
 """
 
 from __future__ import annotations
@@ -24,14 +25,17 @@ from .stamp import stamp_of
 _HOST_FOLDER = {"denoiser": "diffusion_models", "encoder": "text_encoders", "vae": "vae"}
 _INDEX = ".safetensors.index.json"
 LENS_FOLDER = "lens"
+_BROUGHT_ALONG = Path(__file__).parents[2] / "checkpoints"
 # Where files with several components lie, and folders of whole models.
 _CHECKPOINTS, _WHOLE_MODELS = "checkpoints", (LENS_FOLDER, "diffusers")
 
 
 def register_folders() -> None:
-    """Make ``models/lens`` known to ComfyUI; extra_model_paths.yaml may add more places."""
+    """Make ``models/lens`` and the pack's own models known to ComfyUI; extra_model_paths.yaml may add more
+    places."""
     default = os.path.join(folder_paths.models_dir, LENS_FOLDER)
     folder_paths.add_model_folder_path(LENS_FOLDER, default)
+    folder_paths.add_model_folder_path(LENS_FOLDER, str(_BROUGHT_ALONG))
 
 
 def choices(component: str) -> list[str]:
@@ -47,7 +51,8 @@ def path_of(component: str, name: str) -> Path:
         single = folder_paths.get_full_path(key, name)
         if single is not None:
             return Path(single)
-    folder = _folders(component).get(name)
+    # A workflow may come from another system, with other separators.
+    folder = _folders(component).get(os.path.normpath(name))
     if folder is None:
         raise CheckpointError(what_is_missing(component, name, choices(component)))
     return folder
@@ -105,7 +110,9 @@ def tokenizer_places() -> list[Path]:
     encoders = [Path(root) for root in folder_paths.get_folder_paths("text_encoders")]
     inside = [folder for root in encoders if root.is_dir() for folder in sorted(root.iterdir())]
     lens = _whole_models("tokenizer/tokenizer.json").values()
-    return [*encoders, *filter(Path.is_dir, inside), *(folder / "tokenizer" for folder in lens)]
+    # The nano model's tokenizer would fit any encoder by its special tokens, and none by its words.
+    users = (folder for folder in lens if not folder.is_relative_to(_BROUGHT_ALONG))
+    return [*encoders, *filter(Path.is_dir, inside), *(folder / "tokenizer" for folder in users)]
 
 
 def _singles(component: str) -> dict[str, Path]:
@@ -130,7 +137,8 @@ def _folders(component: str) -> dict[str, Path]:
     shards = ((Path(root), os.path.dirname(name)) for root, name in reversed(indexes))
     own = {folder: root / folder for root, folder in shards if folder}
     whole = _whole_models(*(f"{SUBFOLDERS[component]}/*.{ending}" for ending in ("safetensors*", "gguf")))
-    return dict(sorted(own.items())) | dict(sorted(whole.items()))
+    last = sorted(whole, key=lambda name: (whole[name].is_relative_to(_BROUGHT_ALONG), name))
+    return dict(sorted(own.items())) | {name: whole[name] for name in last}
 
 
 def _below(key: str) -> list[tuple[str, str]]:

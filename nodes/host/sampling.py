@@ -12,7 +12,7 @@ import latent_preview
 import torch
 from torch import Tensor
 
-from ...lens_core.config import PIXELS_PER_TOKEN
+from ...lens_core.config import LATENT_CHANNELS, PIXELS_PER_TOKEN
 from ...lens_core.errors import SettingError
 from ...lens_core.interval import WHOLE, Interval
 from ...lens_core.sampling import check_size, partial_sigmas, reference_noise, tokens_to_grid
@@ -20,11 +20,11 @@ from .guider import IntervalGuider
 from .model import require_lens, require_text, with_guidance
 
 Latent = dict[str, Any]
-_CHANNELS = 128
+_CHANNELS = LATENT_CHANNELS[0]
 
 
 def empty_latent(height: int, width: int, batch_size: int) -> Latent:
-    """Zeros [B, 128, h, w] for a size in pixels."""
+    """Zeros [B, 128, h, w] for a size in pixels; samplers give them the model's channels."""
     device = comfy.model_management.intermediate_device()
     shape = (batch_size, _CHANNELS, height // PIXELS_PER_TOKEN, width // PIXELS_PER_TOKEN)
     return {"samples": torch.zeros(shape, device=device)}
@@ -37,7 +37,7 @@ def latent_grid(latent: Latent) -> tuple[int, int]:
     """
     samples = latent["samples"]
     height, width = samples.shape[-2:]
-    if samples.ndim == 4 and samples.shape[1] == _CHANNELS:
+    if samples.ndim == 4 and samples.shape[1] in LATENT_CHANNELS:
         ratio = PIXELS_PER_TOKEN
     else:
         ratio = latent.get("downscale_ratio_spacial")
@@ -107,9 +107,7 @@ def sample(
     """Euler steps over Lens' schedule; ``noise`` is "host" or "reference", ``guided`` as in make_guider."""
     guider = make_guider(model, positive, negative, cfg, guided)
     sigmas = sigmas_for(latent, steps, denoise)
-    samples = comfy.sample.fix_empty_latent_channels(
-        model, latent["samples"], latent.get("downscale_ratio_spacial")
-    )
+    samples = _samples_for(model, latent)
     out = {key: value for key, value in latent.items() if not key.startswith("downscale_ratio")}
     out["samples"] = samples
     if not len(sigmas):
@@ -131,6 +129,21 @@ def sample(
     return {**out, "samples": result.to(comfy.model_management.intermediate_device())}
 
 
+def _samples_for(model, latent: Latent) -> Tensor:
+    """The latent [B, C, h, w], an empty one with the model's channels; raises SettingError for a picture's
+    with others."""
+    samples = comfy.sample.fix_empty_latent_channels(
+        model, latent["samples"], latent.get("downscale_ratio_spacial")
+    )
+    channels = model.get_model_object("latent_format").latent_channels
+    if samples.shape[1] != channels:
+        raise SettingError(
+            f"The latent has shape {list(samples.shape)}, and the model draws with {channels} channels. "
+            "Encode the picture with the VAE that belongs to the model."
+        )
+    return samples
+
+
 def decode(latent: Latent, vae) -> Tensor:
     """Pictures [B, H, W, 3] of latents; a VAE with other latents is named before it is run."""
     if vae is None:
@@ -143,6 +156,6 @@ def decode(latent: Latent, vae) -> Tensor:
         raise SettingError(
             f"The latent has shape {list(samples.shape)} and the VAE decodes {channels} channels. "
             f"Lens' latents have {_CHANNELS}, which FLUX.2's VAE decodes: use LensVAELoader, or "
-            "VAELoader with flux2-vae."
+            f"VAELoader with flux2-vae. Nano Lens' have {LATENT_CHANNELS[1]}: use the VAE in its folder."
         )
     return vae.decode(samples)

@@ -40,7 +40,7 @@ class _WholePatcher(comfy.model_patcher.ModelPatcher):
 
 
 class LensHostVAE(comfy.sd.VAE):
-    """comfy.sd.VAE over lens_core's module; latents are packed and normalised, [B, 128, h, w]."""
+    """comfy.sd.VAE over lens_core's module; latents are packed and normalised, [B, C, h, w]."""
 
     def __init__(self, module: Any, dtype: torch.dtype, device: torch.device) -> None:
         management = comfy.model_management
@@ -48,7 +48,8 @@ class LensHostVAE(comfy.sd.VAE):
         self.device, self.vae_dtype = device, dtype
         self.output_device = management.intermediate_device()
         self.working_dtypes = [torch.bfloat16, torch.float32]
-        self.latent_channels, self.latent_dim, self.output_channels = 128, 2, 3
+        self.latent_channels = 4 * module.model.config.latent_channels  # packed 2x2
+        self.latent_dim, self.output_channels = 2, 3
         self.downscale_ratio = self.upscale_ratio = PIXELS_PER_TOKEN
         self.downscale_index_formula = self.upscale_index_formula = None
         self.memory_used_decode = functools.partial(_decode_bytes, module, device)

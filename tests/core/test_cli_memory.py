@@ -21,9 +21,10 @@ def given(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     made: dict[str, Any] = {}
     original = LensPipeline.from_folder.__func__
 
-    def spy(cls, folder, device, dtype, on_tensor, options, quantization, offload, budget, loras):
+    def spy(cls, folder, device, dtype, on_tensor, options, quantization, offload, budget, loras, **parts):
         made.update(offload=offload, budget=budget)
-        return original(cls, folder, device, dtype, on_tensor, options, quantization, offload, budget, loras)
+        settings = (device, dtype, on_tensor, options, quantization, offload, budget, loras)
+        return original(cls, folder, *settings, **parts)
 
     monkeypatch.setattr(LensPipeline, "from_folder", classmethod(spy))
     return made

@@ -106,7 +106,7 @@ SETTINGS = {
     ("LensSaveModel", "overwrite"): ("BOOLEAN", False),
     ("LensAccelerate", "cuda_graphs"): ("BOOLEAN", True),
     ("LensAccelerate", "attention"): (["auto", "host", "flash_attn3"], "auto"),
-    ("LensEmptyLatent", "base_resolution"): (["512", "768", "1024", "1440"], "1024"),
+    ("LensEmptyLatent", "base_resolution"): (["256", "512", "768", "1024", "1440"], "1024"),
     ("LensEmptyLatent", "aspect_ratio"): (list(ASPECT_RATIOS), "1:1"),
     ("LensEmptyLatent", "batch_size"): ("INT", 1),
     ("LensSampler", "seed"): ("INT", 0),

@@ -23,7 +23,7 @@ from torch import Tensor
 
 Weights = dict[str, Tensor]
 Model = dict[str, Any]
-HEAD = 64  # channels of a head, in the encoder and in the denoiser
+HEAD = 64  # channels of a head in the denoiser
 CAPTURED = (5, 11, 17, 23)  # the encoder layers whose output the denoiser reads
 FP4 = torch.tensor((0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6), dtype=torch.float64)
 BEFORE_PROMPT = (
@@ -44,8 +44,11 @@ def load_folder(folder: str | Path) -> Model:
     """Denoiser (float32) and encoder (as stored) weights by name, the tokenizer and the VAE of a folder."""
     folder, weights = Path(folder), {}
     for part, stem in (("transformer", "diffusion_pytorch_model"), ("text_encoder", "model")):
-        index = json.loads((folder / part / f"{stem}.safetensors.index.json").read_text(encoding="utf-8"))
-        shards = [load_file(folder / part / file) for file in set(index["weight_map"].values())]
+        index = folder / part / f"{stem}.safetensors.index.json"
+        files = {f"{stem}.safetensors"}
+        if index.exists():
+            files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        shards = [load_file(folder / part / file) for file in files]
         weights[part] = {name: tensor for shard in shards for name, tensor in shard.items()}
     return {
         "denoiser": {name: tensor.float() for name, tensor in weights["transformer"].items()},
@@ -65,12 +68,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.float()
 
 
-def encoder_rope(length: int) -> tuple[Tensor, Tensor]:
-    """YaRN cosines and sines [S, 1, 32]: theta 150000, factor 32, beta 32 and 1, original context 4096."""
+def encoder_rope(length: int, size: int) -> tuple[Tensor, Tensor]:
+    """YaRN cosines and sines [S, 1, size/2] of heads of ``size`` channels: theta 150000, factor 32, beta 32
+    and 1, original context 4096."""
     # The pairs that turn 32 times and once within the original context; fractional, not truncated.
-    low, high = (HEAD * math.log(4096 / (2 * math.pi * beta)) / (2 * math.log(150000)) for beta in (32, 1))
-    pair = torch.arange(HEAD // 2, dtype=torch.float64)
-    frequency = 150000 ** (-2 * pair / HEAD)
+    low, high = (size * math.log(4096 / (2 * math.pi * beta)) / (2 * math.log(150000)) for beta in (32, 1))
+    pair = torch.arange(size // 2, dtype=torch.float64)
+    frequency = 150000 ** (-2 * pair / size)
     ramp = ((pair - low) / (high - low)).clamp(0, 1)  # 0: the frequency stays; 1: it is divided by the factor
     frequency = frequency * (1 - ramp) + frequency / 32 * ramp
     angle = torch.arange(length, dtype=torch.float64)[:, None, None] * frequency
@@ -80,8 +84,9 @@ def encoder_rope(length: int) -> tuple[Tensor, Tensor]:
 
 def encoder_attention(w: Weights, at: str, x: Tensor, sliding: bool) -> Tensor:
     """Causal grouped-query attention with a learned sink logit per query head."""
-    q, k, v = (linear(w, at + name, x).view(len(x), -1, HEAD) for name in ("q_proj", "k_proj", "v_proj"))
-    cos, sin = encoder_rope(len(x))
+    size = w[at + "o_proj.weight"].shape[1] // len(w[at + "sinks"])  # 64 channels a head in GPT-OSS-20B
+    q, k, v = (linear(w, at + name, x).view(len(x), -1, size) for name in ("q_proj", "k_proj", "v_proj"))
+    cos, sin = encoder_rope(len(x), size)
 
     def rotate(y: Tensor) -> Tensor:  # the two halves of a head are paired
         a, b = y.chunk(2, -1)
@@ -93,7 +98,7 @@ def encoder_attention(w: Weights, at: str, x: Tensor, sliding: bool) -> Tensor:
     outputs = []
     for head, sink in enumerate(sinks):
         kv = head // (len(sinks) // k.shape[1])  # kv head j serves query heads j*g ... (j+1)*g - 1
-        scores = (q[:, head] @ k[:, kv].T / math.sqrt(HEAD)).masked_fill(~visible, -math.inf)
+        scores = (q[:, head] @ k[:, kv].T / math.sqrt(size)).masked_fill(~visible, -math.inf)
         # The sink joins the denominator of the softmax only: a last column, whose probability is dropped.
         probability = torch.cat([scores, sink.expand(len(x), 1)], -1).softmax(-1)[:, :-1]
         outputs.append(probability @ v[:, kv])
@@ -253,8 +258,8 @@ def render(
         x = x + (following - sigma) * v  # Euler
     bn = model["vae"].bn  # its normalisation is undone on the packed 128 channels
     latent = x * torch.sqrt(bn.running_var.float() + 1e-4) + bn.running_mean.float()
-    # A token's channels are ordered (c p1 p2): 32 channels of 2 x 2 latent pixels.
-    latent = latent.view(h, w, 32, 2, 2).permute(2, 0, 3, 1, 4).reshape(1, 32, 2 * h, 2 * w)
+    # A token's channels are ordered (c p1 p2): 32 channels (nano Lens: 8) of 2 x 2 latent pixels.
+    latent = latent.view(h, w, -1, 2, 2).permute(2, 0, 3, 1, 4).reshape(1, -1, 2 * h, 2 * w)
     image = model["vae"].decode(latent).sample[0].permute(1, 2, 0)
     image = ((image.clamp(-1, 1) + 1) * 127.5).to(torch.uint8).contiguous().numpy()  # truncated
     return (image, x) if capture_latents else image
