@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -56,7 +57,7 @@ def collate(scenes: Sequence[Scene]) -> dict[str, Tensor]:
 
 def render(batch: dict[str, Tensor], height: int, width: int) -> Tensor:
     """Pictures [B, 3, H, W] in [-1, 1] on the parameters' device."""
-    place = {"device": batch["ground"].device, "dtype": torch.float32}
+    place: dict[str, Any] = {"device": batch["ground"].device, "dtype": torch.float32}
     y = torch.arange(height, **place)[None, :, None] + 0.5
     x = torch.arange(width, **place)[None, None, :] + 0.5
     picture = _background(batch, x, y)
