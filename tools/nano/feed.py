@@ -18,7 +18,7 @@ from .render import collate
 from .scenes import SIZES, Scene, Size, sample_scene
 
 # Tokens of a caption and the template's end, padded to this.
-WIDTH = 80
+WIDTH = 72
 
 
 @dataclass
@@ -65,7 +65,7 @@ class Scenes(IterableDataset):
             yield Batch(size, collate(scenes), tails, real)
 
     def _tail(self, tokenizer: PromptTokenizer, scene: Scene, rng: random.Random) -> list[int]:
-        while True:  # a caption in a hundred is too long
+        while True:  # hardly any caption is too long
             ids = [*tokenizer.encode(caption(scene, rng)), *tokenizer.suffix]
             if len(ids) <= WIDTH:
                 return ids

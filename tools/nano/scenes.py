@@ -111,7 +111,8 @@ class Word:
 
 
 class Place(NamedTuple):
-    """Where one shape or word is: its centre and width (a word: cap height) in pixels, its turn in degrees."""
+    """Where one shape or word is: its centre and width (of a word: cap height) in pixels, its turn in
+    degrees, what its colour deviates from the palette's."""
 
     x: float
     y: float
