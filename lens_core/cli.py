@@ -22,7 +22,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from .cli_check import add_check, check
 from .cli_download import add_download, download
-from .cli_flags import ATTENTIONS, DTYPES, OFF, add_generate, default_cache
+from .cli_flags import ATTENTIONS, OFF, add_generate, default_cache
 from .cli_quantize import add_quantize, quantize
 from .config import PLACEMENTS, TEMPLATE_DATE, DenoiserConfig, EncoderOptions, Variant
 from .denoiser import STEP_CACHE_OFF, BlockGraphs, StepCacheOptions
@@ -30,6 +30,7 @@ from .errors import LensError, SettingError
 from .feature_cache import FeatureCache
 from .images import save_png
 from .interval import WHOLE, Interval
+from .loading import DTYPES
 from .lora.merge import Choice, parse_choice
 from .memory.plan import OFFLOADS
 from .ops import Attention, flash3_on

@@ -17,8 +17,9 @@ from .doctor import Examination
 from .doctor import check as examine
 from .doctor.report import OnProgress
 from .errors import SettingError
+from .loading import DTYPES
 
-_DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "float32": torch.float32}
+_DTYPES = {"auto": None, **DTYPES}
 
 
 def add_check(commands: Any, device: str) -> None:

@@ -7,16 +7,14 @@ import os
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from .config import PLACEMENTS
 from .denoiser import DEFAULT_THRESHOLD, STEP_CACHE_OFF
 from .interval import WHOLE
+from .loading import DTYPES
 from .memory.plan import OFFLOADS
 from .quant.policy import CHOICES, NONE
 from .sampling import ASPECT_RATIOS, BASE_RESOLUTIONS
 
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 OFF = "off"
 # The denoiser's own choice, and what must be installed first.
 ATTENTIONS = ("auto", "flash_attn3")

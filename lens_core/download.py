@@ -7,7 +7,6 @@ in there is gone on with, also from another mirror that has the same file.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import shutil
@@ -19,13 +18,13 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
+from .digest import sha256
 from .errors import SettingError
 from .hub import DownloadError, MirrorFailed, Offer, RemoteFile, get, offer_of
 from .sources import BUNDLES, PUBLISHED, SOURCES, Mirror, Source
 
 log = logging.getLogger(__name__)
 _STAGING = ".lens-download"
-_CHUNK = 2**24
 
 
 @dataclass
@@ -213,16 +212,10 @@ def _wrong(path: Path, file: RemoteFile) -> str | None:
     """The file's SHA-256 in hex where it is not the expected one; None where it is, or none is known."""
     if file.sha256 is None:
         return None
-    digest = hashlib.sha256()
     title, total = f"Checking {path.name}", path.stat().st_size
-    with (
-        open(path, "rb") as stream,
-        tqdm(desc=title, total=total, unit="B", unit_scale=True, leave=False, disable=None) as bar,
-    ):
-        while chunk := stream.read(_CHUNK):
-            digest.update(chunk)
-            bar.update(len(chunk))
-    return None if digest.hexdigest() == file.sha256 else digest.hexdigest()
+    with tqdm(desc=title, total=total, unit="B", unit_scale=True, leave=False, disable=None) as bar:
+        found = sha256(path, lambda done, _: bar.update(done - bar.n))
+    return None if found == file.sha256 else found
 
 
 def _clear(gathered: Path, keep: set[Path]) -> None:

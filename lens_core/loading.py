@@ -34,6 +34,7 @@ from .weights.opening import SUBFOLDERS, component_path
 from .weights.reader import read_json
 
 __all__ = [
+    "DTYPES",
     "SUBFOLDERS",
     "build_denoiser",
     "check_component",
@@ -44,6 +45,8 @@ __all__ = [
     "open_denoiser",
     "open_encoder",
 ]
+# What models may be held in. Not float16: Lens overflows in it.
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 # Of the batch norm's training; some files lack it.
 _COUNTER = ("model.bn.num_batches_tracked",)
 _MOST_VAE_LAYERS = 16  # FLUX.2's has 2 in each of 4 blocks

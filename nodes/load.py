@@ -1,9 +1,9 @@
 """Loaders: a file or a Lens folder to MODEL, CLIP or VAE."""
 
-import torch
 from comfy_api.latest import io
 
 from ..lens_core.config import PLACEMENTS
+from ..lens_core.loading import DTYPES
 from ..lens_core.quant.policy import CHOICES, NONE
 from .host import paths
 from .host.choice import check_choice
@@ -14,7 +14,7 @@ from .host.vae import load_host_vae
 
 _CATEGORY = "Lens/loaders"
 _EXPERTS = ("packed", "bfloat16")
-_DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "float32": torch.float32}
+_DTYPES = {"auto": None, **DTYPES}
 
 
 class LensModelLoader(io.ComfyNode):

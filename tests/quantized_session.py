@@ -41,8 +41,8 @@ class Session:
         prompt = copy.deepcopy(self.prompt)
         prompt["model"]["inputs"] |= {"quantization": mode, **model}
         if strength:
-            inputs = {"model": ["model", 0], "lora_name": LORA, "strength_model": strength}
-            prompt["lora"] = {"class_type": "LoraLoaderModelOnly", "inputs": inputs}
+            inputs = {"model": ["model", 0], "lora_name": LORA, "strength": strength}
+            prompt["lora"] = {"class_type": "LensLoraLoader", "inputs": inputs}
             prompt["sampler"]["inputs"]["model"] = ["lora", 0]
         entry = self.server.wait(self.server.queue(prompt))
         assert error_of(entry) is None, str(error_of(entry))

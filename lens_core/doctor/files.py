@@ -5,31 +5,30 @@ Without ``hash`` and ``values`` headers alone are read, so a whole models folder
 
 from __future__ import annotations
 
-import hashlib
-import re
 from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import LensError
+from ..digest import sha256
+from ..errors import LensError, first_of
 from ..loading import SUBFOLDERS, check_component
 from ..sources import Published, known
 from ..weights import Kind, inspect
 from ..weights.gguf import GgufCheckpoint
 from ..weights.kind import open_part
 from ..weights.loader import AnyCheckpoint
+from ..weights.opening import is_shard
 from ..weights.tensor_info import DTYPES, TensorInfo
 from .report import Finding, OnProgress, sentence
 
 COMPONENTS = tuple(SUBFOLDERS)
 _SUFFIXES = (".safetensors", ".sft", ".gguf")
-_SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
-_CHUNK = 8 * 2**20
 _EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
@@ -87,7 +86,7 @@ def _within(folder: Path, seen: set[Path]) -> Iterator[Path]:
     entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     files = [path for path in entries if path.is_file()]
     weights = [path for path in files if path.name.lower().endswith(_SUFFIXES)]
-    shards = [path for path in weights if _SHARD.search(path.name)]
+    shards = [path for path in weights if is_shard(path.name)]
     joined = shards or any(path.name.endswith(".safetensors.index.json") for path in files)
     described = len(weights) == 1 and any(path.name == "config.json" for path in files)
     if joined or described:
@@ -180,8 +179,7 @@ def unsound(checkpoint: AnyCheckpoint, label: str, on_progress: OnProgress) -> t
 
 
 def _some(names: list[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"{len(names)} of its tensors ({', '.join(names[:3])}{more})"
+    return f"{len(names)} of its tensors ({first_of(names, 3)})"
 
 
 def _pieces(checkpoint: AnyCheckpoint, name: str, info: TensorInfo) -> Iterator[tuple[int, Tensor]]:
@@ -213,7 +211,7 @@ def hashed(path: Path, on_progress: OnProgress) -> Finding:
     """A file's SHA-256 beside the published one."""
     published = known(path.as_posix()) or Published()
     try:
-        digest = sha256(path, on_progress)
+        digest = sha256(path, partial(on_progress, f"Hashing {path.name}"))
     except OSError as error:
         return Finding(path.name, sentence(error), broken=True)
     facts = {"sha256": digest, "published": published.sha256}
@@ -223,13 +221,3 @@ def hashed(path: Path, on_progress: OnProgress) -> Finding:
         return Finding(path.name, f"SHA-256 {digest}, as published", facts=facts)
     text = f"SHA-256 {digest}, but published is {published.sha256}: damaged, or another file of that name. "
     return Finding(path.name, text + "Download it again if it should be the published one.", True, facts)
-
-
-def sha256(path: Path, on_progress: OnProgress) -> str:
-    """Hex digest of a file of any size."""
-    digest, total = hashlib.sha256(), path.stat().st_size
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-            on_progress(f"Hashing {path.name}", file.tell(), total)
-    return digest.hexdigest()

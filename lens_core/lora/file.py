@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, first_of
 from ..weights import Checkpoint, open_checkpoint
 from ..weights.kind import describe
 from ..weights.reader import read_json
@@ -75,7 +75,8 @@ class Matched:
             low, high = min(self.ranks), max(self.ranks)
             parts.append(f"rank {high}" if low == high else f"ranks {low} to {high}")
         if self.unmatched:
-            parts.append(f"not matched ({len(self.unmatched)} keys): {_first(self.unmatched)}")
+            first = first_of([_short(key) for key in self.unmatched], 3)
+            parts.append(f"not matched ({len(self.unmatched)} keys): {first}")
         return ", ".join(parts)
 
 
@@ -219,11 +220,6 @@ def open_lora(path: Path) -> LoraFile:
     # Many files may share a folder; PEFT's own name says that the config is this one's.
     is_peft = os.path.isdir(path) or path.name == _ADAPTER
     return LoraFile(checkpoint, read_json(beside) if is_peft and os.path.isfile(beside) else None)
-
-
-def _first(names: list[str], count: int = 3) -> str:
-    rest = len(names) - count
-    return ", ".join(map(_short, names[:count])) + (f" and {rest} more" if rest > 0 else "")
 
 
 def _short(key: str) -> str:

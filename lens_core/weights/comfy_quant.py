@@ -17,7 +17,7 @@ from ..errors import CheckpointError
 from ..quant import kitchen, policy
 from ..quant.layer_format import AFFINE, SCALES, LayerFormat, float8, from_entry, from_json
 from ..quant.linear import Packed
-from .keymap import DENOISER, belongs, rename
+from .keymap import DENOISER, owner, rename
 from .loader import Shape, Source, Stored
 from .quantized_part import NUMBERS, Linears, QuantizedPart
 from .tensor_info import DTYPES
@@ -89,14 +89,11 @@ def _from_metadata(checkpoint: Any) -> dict[str, LayerFormat]:
             f"{checkpoint.name} says in its metadata that it is quantised, but not how ({error}). Download "
             "it again."
         ) from error
+    own = [name for name in layers if owner(name) in ("", "denoiser")]
     return {
         layer: from_entry(layers[name], f"{layer} of {checkpoint.name}")
-        for layer, name in rename(filter(_of_denoiser, layers), DENOISER, file=checkpoint.name).items()
+        for layer, name in rename(own, DENOISER, file=checkpoint.name).items()
     }
-
-
-def _of_denoiser(name: str) -> bool:
-    return belongs(name, "denoiser")
 
 
 def scaled_layers(linears: Linears) -> dict[str, QuantizedPart]:

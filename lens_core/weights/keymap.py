@@ -93,11 +93,6 @@ def owner(name: str) -> str:
     return (match.lastgroup or "") if match else ""
 
 
-def belongs(name: str, component: str) -> bool:
-    """Whether no other component's prefix stands before a stored name."""
-    return owner(name) in ("", component)
-
-
 def rename(
     names: Iterable[str], table: Table, unused: Iterable[str] = (), *, file: str = "The file"
 ) -> dict[str, str]:

@@ -27,7 +27,7 @@ from . import paths
 from .clip import LensClip
 from .graphs import why_never
 from .lora import path_of as lora_path
-from .model import LensModel
+from .model import LensModel, source_of
 from .progress import on_progress
 from .vae import LensHostVAE
 
@@ -142,9 +142,8 @@ def _clip(clip: LensClip) -> str:
 
 
 def _file(patcher: Any) -> str:
-    """The name of the file that ComfyUI would load it from again."""
-    init = getattr(patcher, "cached_patcher_init", None)
-    return Path(init[1][0]).name if init else "file unknown"
+    source = source_of(patcher)
+    return "file unknown" if source is None else source.name
 
 
 def _place(patcher: Any) -> str:

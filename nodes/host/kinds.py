@@ -9,9 +9,9 @@ from pathlib import Path
 
 from ...lens_core.errors import LensError
 from ...lens_core.weights import inspect
+from .stamp import stamp_of
 
 log = logging.getLogger(__name__)
-_Stamp = tuple[tuple[str, int, int], ...]
 
 
 def holds(path: Path, component: str) -> bool:
@@ -20,19 +20,14 @@ def holds(path: Path, component: str) -> bool:
     One that cannot be opened is not; the log says why, once until it changes.
     """
     try:
-        return component in _components(path, _stamp(path))
+        files = sorted(filter(Path.is_file, path.iterdir())) if path.is_dir() else [path]
+        return component in _components(path, stamp_of(files))
     except OSError:  # removed between the list and here, or not ours to read
         return False
 
 
-def _stamp(path: Path) -> _Stamp:
-    """Names, sizes and times of change of a file, or of the files in a folder."""
-    files = sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
-    return tuple((file.name, stat.st_size, stat.st_mtime_ns) for file in files for stat in [file.stat()])
-
-
 @lru_cache(maxsize=4096)
-def _components(path: Path, stamp: _Stamp) -> frozenset[str]:
+def _components(path: Path, stamp: str) -> frozenset[str]:
     try:
         return frozenset(kind.component for kind in inspect(path))
     except (LensError, OSError) as error:

@@ -15,12 +15,13 @@ import torch
 from comfy.weight_adapter import WeightAdapterBase
 from torch import Tensor
 
-from ...lens_core.errors import CheckpointError
+from ...lens_core.errors import CheckpointError, first_of
 from ...lens_core.lora import Matched, open_lora
 from ...lens_core.lora.blocks import parse_block_strengths, strength_of
 from ...lens_core.lora.delta import merged
 from ...lens_core.weights.identity import identity
 from .model import require_lens
+from .stamp import stamp_of
 
 log = logging.getLogger(__name__)
 # The denoiser's place in ComfyUI's model, which its patches' names begin with.
@@ -78,8 +79,7 @@ def stamp(lora_name: str) -> str:
     path = folder_paths.get_full_path(_FOLDER, lora_name)
     if path is None:
         return ""
-    files = [file for file in (Path(path), Path(path).with_name(_PEFT_CONFIG)) if file.is_file()]
-    return str([(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files])
+    return stamp_of(filter(Path.is_file, (Path(path), Path(path).with_name(_PEFT_CONFIG))))
 
 
 def apply_lora(model: Any, lora_name: str, strength: float, block_strengths: str = "") -> tuple[Any, str]:
@@ -173,5 +173,5 @@ def _report(
     if text := [key for key in matched.unmatched if key.startswith(_TEXT_ENCODER)]:
         sentences.append(f"Keys for a text encoder, which are not used: {len(text)}.")
     if names := list(left):
-        sentences.append(f"Not applied by ComfyUI: {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}.")
+        sentences.append(f"Not applied by ComfyUI: {first_of(names, 3)}.")
     return " ".join(sentences)

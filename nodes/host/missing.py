@@ -11,6 +11,7 @@ from pathlib import Path
 
 import folder_paths
 
+from ...lens_core.errors import first_of
 from ...lens_core.sources import LENS_FOLDER, SOURCES, USUAL, Source, published_as
 
 # A combo without options would send nothing, and ComfyUI would only say that an input is missing.
@@ -36,8 +37,7 @@ def what_is_missing(component: str, name: str, offered: Sequence[str]) -> str:
     if not there:
         gone = f"There is no {component} yet" if name == NONE_YET else gone
         return f"{gone}. The usual one is {_where_from(USUAL[component])}"
-    more = f" and {len(there) - _SHOWN} more" if len(there) > _SHOWN else ""
-    return f"{gone}. Choose one of {', '.join(there[:_SHOWN])}{more}, or put the file there and press R."
+    return f"{gone}. Choose one of {first_of(there, _SHOWN)}, or put the file there and press R."
 
 
 def _where_from(key: str) -> str:

@@ -315,3 +315,9 @@ def require_lens(model, does: str = "samples", instead: str = ", or use ComfyUI'
             f"The model is {type(network).__name__}; this node {does} Lens only. Connect "
             f"LensModelLoader, or UNETLoader with a Lens file{instead}."
         )
+
+
+def source_of(patcher: Any) -> Path | None:
+    """The file or folder that ComfyUI would load a MODEL, or a CLIP's or VAE's patcher, from again."""
+    init = patcher.cached_patcher_init
+    return Path(init[1][0]) if init is not None and isinstance(init[1][0], (str, Path)) else None

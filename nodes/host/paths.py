@@ -10,18 +10,19 @@ brings, so that it draws without any download.
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
 
 import folder_paths
 
 from ...lens_core.errors import CheckpointError, SettingError
 from ...lens_core.loading import SUBFOLDERS, component_path
+from ...lens_core.quantize_file import SUFFIX
+from ...lens_core.weights.opening import is_shard
 from .kinds import holds
 from .missing import or_none_yet, what_is_missing
+from .stamp import stamp_of
 
 _HOST_FOLDER = {"denoiser": "diffusion_models", "encoder": "text_encoders", "vae": "vae"}
-_SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
 _INDEX = ".safetensors.index.json"
 LENS_FOLDER = "lens"
 _BROUGHT_ALONG = Path(__file__).parents[2] / "checkpoints"
@@ -58,8 +59,9 @@ def path_of(component: str, name: str) -> Path:
 
 
 def new_path(component: str, name: str) -> tuple[Path, str]:
-    """Where a file called ``name`` is to be written, and the option that it will be; raises SettingError for
-    a name that leaves the component's folder, or that stands for another file."""
+    """Where a file called ``name``, with or without its suffix, is to be written, and the option that it will
+    be; raises SettingError for a name that leaves the component's folder, or that stands for another file."""
+    name = name if name.endswith(SUFFIX) else f"{name}{SUFFIX}"
     key = _HOST_FOLDER[component]
     roots = folder_paths.get_folder_paths(key)
     # ComfyUI searches models/unet too, and first.
@@ -79,13 +81,8 @@ def new_path(component: str, name: str) -> tuple[Path, str]:
 
 
 def stamp(component: str, name: str | None) -> str:
-    """Size and time of change of an option's files; "" where there are none (a linked name is None).
-
-    By their names alone: ComfyUI writes fingerprints into pictures, where nobody's folders belong.
-    """
-    files = _files(component, name)
-    stats = [(file.name, file.stat()) for file in files]
-    return str([(file, stat.st_size, stat.st_mtime_ns) for file, stat in stats]) if files else ""
+    """Changes with an option's files; "" where there are none (a linked name is None)."""
+    return stamp_of(_files(component, name))
 
 
 def size(component: str, name: str | None) -> int:
@@ -128,7 +125,7 @@ def _singles(component: str) -> dict[str, Path]:
     names += [(_CHECKPOINTS, name) for name in checkpoints if name.endswith(".safetensors")]
     found: dict[str, Path] = {}
     for key, name in names:
-        path = None if _SHARD.search(name) else folder_paths.get_full_path(key, name)
+        path = None if is_shard(name) else folder_paths.get_full_path(key, name)
         if path is not None:
             found.setdefault(name, Path(path))
     return found

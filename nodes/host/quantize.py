@@ -39,7 +39,7 @@ def new_file(model_name: str, mode: str, file_name: str) -> tuple[Path, str]:
         name = Path(model_name).name
         stem = Path(name).stem if name.endswith((SUFFIX, ".gguf")) else name
         wanted = f"{stem}_{mode}"
-    return paths.new_path("denoiser", wanted if wanted.endswith(SUFFIX) else f"{wanted}{SUFFIX}")
+    return paths.new_path("denoiser", wanted)
 
 
 def fingerprint(model_name: str, mode: str, file_name: str) -> str:

@@ -15,12 +15,12 @@ from torch import Tensor
 from ...lens_core.config import Variant
 from ...lens_core.errors import CheckpointError, SettingError
 from ...lens_core.loading import open_denoiser
-from ...lens_core.quantize_file import SUFFIX, variant_of_file
+from ...lens_core.quantize_file import variant_of_file
 from ...lens_core.weights import variant_of
 from ...lens_core.weights.writer import SteppedWriter
 from . import paths
 from .lora import LORAS, PREFIX
-from .model import require_lens
+from .model import require_lens, source_of
 from .progress import on_progress
 
 # Bytes of memory that merging takes for each of a weight's numbers, with room to spare: fp32 and its change.
@@ -61,14 +61,14 @@ def _path(file_name: str) -> tuple[Path, str]:
     wanted = file_name.strip()
     if not wanted:
         raise SettingError("file_name is empty. Give the file to write in models/diffusion_models a name.")
-    return paths.new_path("denoiser", wanted if wanted.endswith(SUFFIX) else f"{wanted}{SUFFIX}")
+    return paths.new_path("denoiser", wanted)
 
 
 def _new_file(model: Any, file_name: str, overwrite: bool) -> tuple[Path, str]:
     target, option = _path(file_name)
     if not target.exists():
         return target, option
-    source = _source(model)
+    source = source_of(model)
     if source is not None and source.exists() and target.samefile(source):
         raise SettingError(f"{target} would replace the file that the model is from. Give another name.")
     if not overwrite or target.is_dir():
@@ -132,19 +132,13 @@ def _metadata(model: Any) -> dict[str, str]:
 
 def _variant(model: Any) -> Variant | None:
     """Which published checkpoint a MODEL is, by the file that it is from."""
-    source = _source(model)
+    source = source_of(model)
     if source is None:
         return None
     try:
         return variant_of_file(open_denoiser(source))
     except CheckpointError:  # it is gone, or has been replaced
         return variant_of(source.name)
-
-
-def _source(model: Any) -> Path | None:
-    """The file or folder that ComfyUI would load the MODEL from again."""
-    init = model.cached_patcher_init
-    return Path(init[1][0]) if init is not None and isinstance(init[1][0], (str, Path)) else None
 
 
 def _text(model: Any, steps: Iterable[str], option: str, target: Path) -> str:

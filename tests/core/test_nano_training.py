@@ -1,0 +1,114 @@
+"""Training code of the nano models against the product's: what is trained is what is run."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from lens_core.denoiser import LensDenoiser
+from lens_core.encoder import GptOssEncoder
+from lens_core.encoder.features import encode_prompts
+from lens_core.sampling import euler, norm_rescaled_guidance, sigmas
+from lens_core.tiny import models
+from tests.compare import relative_l2
+from tools.nano.configs import DENOISER, encoder_config
+from tools.nano.distill import Distillation, levels_between
+from tools.nano.encoder import TrainedEncoder
+from tools.nano.flow import training_mu
+from tools.nano.scenes import SIZES
+from tools.nano.training import Masters
+
+
+def test_the_trained_encoder_is_the_products():
+    """In fp32, of packed weights: prompts of several lengths after a prefix longer than the window."""
+    torch.manual_seed(0)
+    trained = TrainedEncoder(encoder_config(), torch.float32)
+    for name, parameter in trained.named_parameters():
+        if "bias" in name or "norm" in name or name == "sinks":
+            parameter.data += 0.3 * torch.randn_like(parameter)
+        parameter.data = parameter.data.bfloat16().float()  # as files store them
+    product = GptOssEncoder(encoder_config(), dtype=torch.float32)
+    packed = models.packed_encoder(trained.state())
+    own = {name.removeprefix("model."): value for name, value in packed.items()}
+    missing, unexpected = product.load_state_dict(
+        {k: v.float() if v.is_floating_point() else v for k, v in own.items()}, strict=False
+    )
+    assert not missing and set(unexpected) == {"norm.weight", "lm_head.weight"}
+    prefix = torch.randint(0, 600, (140,))
+    tails = [torch.randint(0, 600, (length,)).tolist() for length in (5, 40, 17)]
+    with torch.no_grad():
+        expected = encode_prompts(product, prefix.tolist(), tails, "cpu", torch.float32)
+        padded = torch.zeros(3, 40, dtype=torch.long)
+        for row, tail in enumerate(tails):
+            padded[row, : len(tail)] = torch.tensor(tail)
+        features, logits = trained(prefix, padded)
+    assert logits.shape == (3, 40, 600)
+    for row, (tail, wanted) in enumerate(zip(tails, expected, strict=True)):
+        # fp32 sums in another order, through 24 layers.
+        assert relative_l2(features[row, : len(tail)], wanted[0]) < 2e-5
+
+
+def test_the_noise_levels_shift_with_the_size():
+    """The paper's mean, 1.0 to 1.3, over the nine sizes."""
+    tokens = sorted(height // 16 * (width // 16) for height, width in SIZES)
+    found = [training_mu(count) for count in tokens]
+    assert found == sorted(found) and (found[0], found[-1]) == (1.0, pytest.approx(1.3))
+
+
+@pytest.mark.parametrize("first", range(4))
+def test_the_teacher_walks_between_the_students_levels(first: int):
+    """It begins and ends exactly where the product's four steps do."""
+    levels = sigmas(4, 256)
+    between = levels_between(first, 256, 5)
+    assert len(between) == 6 and (between.diff() < 0).all()
+    torch.testing.assert_close(between[[0, -1]], levels[[first, first + 1]], rtol=0, atol=1e-7)
+
+
+@torch.inference_mode(False)
+@torch.enable_grad()
+def test_masters_are_adamw_in_fp32():
+    """bf16 parameters follow fp32 masters, which move where torch's own AdamW moves; the norm is limited."""
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(8, 4, dtype=torch.bfloat16)
+    own = [p.detach().float().clone().requires_grad_() for p in layer.parameters()]
+    masters = Masters(layer.parameters())
+    plain = torch.optim.AdamW(own, lr=1e-2, betas=(0.9, 0.98), weight_decay=0.01)
+    for scale in (0.1, 50.0):
+        masters.rate.fill_(1e-2)
+        layer(scale * torch.randn(16, 8).bfloat16()).square().sum().backward()
+        for value, parameter in zip(own, layer.parameters(), strict=True):
+            value.grad = parameter.grad.float()
+        torch.nn.utils.clip_grad_norm_(own, 1.0)
+        masters.step()
+        plain.step()
+    for value, mine, parameter in zip(own, masters.values, layer.parameters(), strict=True):
+        torch.testing.assert_close(mine, value.detach(), rtol=1e-5, atol=1e-7)
+        assert torch.equal(parameter.detach(), mine.bfloat16()) and parameter.grad is None
+
+
+def test_turbo_learns_the_teachers_guided_way():
+    """The target of a step is where the product's sampler, guided, gets to from the same place."""
+    torch.manual_seed(0)
+    teacher = LensDenoiser(DENOISER).bfloat16()
+    for parameter in teacher.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    models = SimpleNamespace(denoiser=teacher, device=torch.device("cpu"))
+    lesson = Distillation(models, teacher, None, (64, 64), parts=3, scale=5.0)
+    x, text = torch.randn(2, 16, 32), torch.randn(2, 9, 4, 64).bfloat16()
+    real = torch.ones(2, 9, dtype=torch.bool)
+    got = lesson.target(2, x, text, real)
+
+    def velocity(latents: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        run = [
+            teacher(latents.bfloat16(), sigma.expand(2), part, (4, 4)).float() for part in (text, text[:, :0])
+        ]
+        return norm_rescaled_guidance(*run, 5.0)
+
+    levels = levels_between(2, 16, 3)
+    with torch.no_grad():
+        arrived = euler(velocity, x, levels)
+    wanted = (arrived - x) / (levels[-1] - levels[0])
+    # bf16 forwards: with a mask and with no text at all they round apart.
+    assert relative_l2(got, wanted) < 2e-2

@@ -1,0 +1,153 @@
+"""Distils Lens into a 4-step Turbo: ``python -m tools.nano.distill --out RUN``, after ``train``.
+
+The student walks from noise by itself. From wherever it stands, the teacher, with guidance and in small
+steps, walks to the next of the student's noise levels; the student learns to get there in one step. So it is
+taught on its own path, and guidance becomes part of it: Turbo runs at cfg 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lens_core.config import LENS, LENS_TURBO
+from lens_core.denoiser import LensDenoiser
+from lens_core.ops import sdpa
+from lens_core.sampling import norm_rescaled_guidance, sigmas
+from lens_core.sampling.schedule import empirical_mu
+
+from .configs import DENOISER
+from .export import export
+from .feed import batches
+from .scenes import SIZES, Size
+from .train import Models, clear
+from .training import Curves, Masters, Recorded, rate_at, save_checkpoint
+
+NAMES = ("step 1", "step 2", "step 3", "step 4", "gradient")
+STEPS = LENS_TURBO.steps
+
+
+def levels_between(first: int, tokens: int, parts: int) -> Tensor:
+    """Noise levels [parts + 1] from the student's ``first`` to its next, even in the schedule's time."""
+    shift = torch.tensor(empirical_mu(tokens, STEPS), dtype=torch.float64).exp()
+    times = torch.linspace(1 - first / STEPS, 1 - (first + 1) / STEPS, parts + 1, dtype=torch.float64)
+    return (shift * times / (shift * times + 1 - times)).float()
+
+
+class Distillation:
+    """Teacher and student for pictures of one size."""
+
+    def __init__(
+        self, models: Models, student: LensDenoiser, masters: Masters, size: Size, parts: int, scale: float
+    ) -> None:
+        self.models, self.student, self.masters = models, student, masters
+        self.grid, self.scale = (size[0] // 16, size[1] // 16), scale
+        tokens = self.grid[0] * self.grid[1]
+        self.levels = sigmas(STEPS, tokens).to(models.device)
+        self.between = [levels_between(first, tokens, parts).to(models.device) for first in range(STEPS)]
+        self._learn = Recorded(self._learn_now)
+
+    def __call__(self, first: int, text: Tensor, real: Tensor) -> Tensor:
+        """Teach the student's step ``first`` -> its error and the gradient's norm [2]."""
+        shape = (len(text), self.grid[0] * self.grid[1], self.student.config.in_channels)
+        x = self.start(first, torch.randn(shape, device=text.device), text, real)
+        target = self.target(first, x, text, real)
+        return self._learn(x, self.levels[first].expand(len(x)), text, real, target)
+
+    @torch.no_grad()
+    def start(self, first: int, x: Tensor, text: Tensor, real: Tensor) -> Tensor:
+        """Where the student, from noise, stands before its step ``first``."""
+        for level, following in zip(self.levels[:first], self.levels[1 : first + 1], strict=True):
+            sigma = level.expand(len(x))
+            x = x + (following - level) * self._velocity(self.student, x, sigma, text, real)
+        return x
+
+    @torch.no_grad()
+    def target(self, first: int, x: Tensor, text: Tensor, real: Tensor) -> Tensor:
+        """The mean velocity of the teacher's way from there to the student's next level."""
+        begin, between = x, self.between[first]
+        shown = torch.cat([real, torch.zeros_like(real)])
+        text = text.repeat(2, 1, 1, 1)
+        for level, following in pairwise(between):
+            sigma = level.expand(2 * len(x))
+            both = self._velocity(self.models.denoiser, x.repeat(2, 1, 1), sigma, text, shown)
+            wanted, unwanted = both.chunk(2)
+            x = x + (following - level) * norm_rescaled_guidance(wanted, unwanted, self.scale)
+        return (x - begin) / (between[-1] - between[0])
+
+    def _learn_now(self, x: Tensor, sigma: Tensor, text: Tensor, real: Tensor, target: Tensor) -> Tensor:
+        error = F.mse_loss(self._velocity(self.student, x, sigma, text, real), target)
+        error.backward()
+        return torch.stack([error.detach(), self.masters.step()])
+
+    def _velocity(self, model: LensDenoiser, x: Tensor, sigma: Tensor, text: Tensor, real: Tensor) -> Tensor:
+        return model(x.bfloat16(), sigma, text, self.grid, text_real=real, attention=sdpa).float()
+
+
+def distil(args: argparse.Namespace) -> bool:
+    """Teach for so many minutes at most; True once all steps are done and ``lens-turbo/`` is exported."""
+    torch.manual_seed(args.seed)
+    device = torch.device(args.device)
+    models = Models(args.out, device)
+    trained = torch.load(args.out / "trained.pt", map_location=device)
+    models.encoder.load_state_dict(trained["encoder"])
+    models.denoiser.load_state_dict(trained["denoiser"])
+    student = LensDenoiser(DENOISER).to(device, torch.bfloat16)
+    student.load_state_dict(models.denoiser.state_dict())
+    masters = Masters(student.parameters(), average_over=300)
+    path, first = args.out / "distill_resume.pt", 0
+    if path.exists():
+        kept = torch.load(path, map_location=device)
+        masters.load(kept["masters"])
+        first = kept["step"]
+        torch.manual_seed(args.seed + first)
+    lessons = {size: Distillation(models, student, masters, size, args.parts, LENS.cfg) for size in SIZES}
+    encode = Recorded(torch.no_grad()(lambda tails: models.encoder(models.prefix, tails)[0]))
+    feed = batches(models.tokenizer_json, args.batch, args.workers, args.seed + 77 + first)
+    curves, rng = Curves(args.out / "distill.json"), random.Random(args.seed + first)
+    end, index = time.monotonic() + 60 * args.minutes, first
+    while index < args.steps and time.monotonic() < end:
+        batch, part = next(feed), rng.randrange(STEPS)
+        masters.rate.fill_(rate_at(index, args.steps, args.rate, warm_up=100))
+        text = encode(batch.tails.to(device))
+        error, norm = lessons[batch.size](part, text, batch.real.to(device))
+        # Each step's own error; a hundred of them hold each part some 25 times.
+        values = torch.zeros(len(NAMES), device=device)
+        values[part], values[-1] = error * STEPS, norm
+        curves.add(index, NAMES, values)
+        index += 1
+    save_checkpoint(path, {"masters": masters.state(), "step": index})
+    curves.save()
+    masters.show(masters.average)
+    folder = args.out / "lens-turbo"
+    clear(folder)
+    weights = {name: value.detach().cpu() for name, value in student.state_dict().items()}
+    export(folder, weights, None, None, None, LENS_TURBO)
+    return index >= args.steps
+
+
+def main() -> None:
+    """Read the flags and distil."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the run, trained")
+    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--minutes", type=float, default=1e9, help="of this run")
+    parser.add_argument("--parts", type=int, default=5, help="the teacher's steps in one of the student's")
+    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--rate", type=float, default=5e-4)
+    parser.add_argument("--workers", type=int, default=12)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    print("done" if distil(args) else "to be continued")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""Capitals and digits in three fonts, as one small committed bitmap, so that drawing needs no font package.
+
+    python -m tools.nano.glyphs FOLDER    # makes glyphs.png anew from the fonts in FOLDER
+
+The fonts are DejaVu Sans Bold, Serif Bold and Sans Mono Bold, which come with the matplotlib package
+(``mpl-data/fonts/ttf``). Their licence (Bitstream Vera, with DejaVu's changes in the public domain) allows
+copies and changes under other names; pictures made with them are free.
+
+The bitmap has a row of cells for each font and a column for each glyph. A cell is CELL_WIDTH x CELL_HEIGHT
+pixels with PAD empty ones around the glyph; capitals are CAP pixels high.
+"""
+
+from __future__ import annotations
+
+import sys
+from functools import cache
+from pathlib import Path
+
+import numpy
+from PIL import Image, ImageDraw, ImageFont
+
+FONTS = ("sans", "serif", "mono")
+GLYPHS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
+CAP, PAD = 44, 3
+CELL_WIDTH, CELL_HEIGHT = 72, 64
+# Empty space between two glyphs, in cap heights: enough that a blurred picture's letters stay apart.
+TRACKING = 0.16
+
+_FILE = Path(__file__).with_name("glyphs.png")
+_FONT_FILES = {
+    "sans": "DejaVuSans-Bold.ttf",
+    "serif": "DejaVuSerif-Bold.ttf",
+    "mono": "DejaVuSansMono-Bold.ttf",
+}
+# The baseline in a cell: Q and J reach below it, round letters a little.
+_BASELINE = PAD + CAP + 3
+
+
+@cache
+def atlas() -> numpy.ndarray:
+    """The bitmap, uint8 [fonts * CELL_HEIGHT, glyphs * CELL_WIDTH]: 255 inside of a glyph, 0 outside."""
+    return numpy.asarray(Image.open(_FILE).convert("L"))
+
+
+@cache
+def ink_widths() -> dict[str, dict[str, float]]:
+    """Each font's widths of the glyphs' ink, in cap heights."""
+    cells = atlas().reshape(len(FONTS), CELL_HEIGHT, len(GLYPHS), CELL_WIDTH)
+    columns = (cells > 127).any(axis=1).sum(axis=-1)
+    return {
+        font: {glyph: float(columns[row, column]) / CAP for column, glyph in enumerate(GLYPHS)}
+        for row, font in enumerate(FONTS)
+    }
+
+
+def line_width(text: str, font: str) -> float:
+    """A line's width in cap heights."""
+    widths = ink_widths()[font]
+    return sum(widths[glyph] for glyph in text) + TRACKING * (len(text) - 1)
+
+
+def draw(folder: Path) -> Image.Image:
+    """The bitmap from the fonts' files."""
+    picture = Image.new("L", (len(GLYPHS) * CELL_WIDTH, len(FONTS) * CELL_HEIGHT))
+    pen = ImageDraw.Draw(picture)
+    for row, name in enumerate(FONTS):
+        font = _at_cap_height(folder / _FONT_FILES[name])
+        for column, glyph in enumerate(GLYPHS):
+            left = font.getbbox(glyph, anchor="ls")[0]
+            at = (column * CELL_WIDTH + PAD - left, row * CELL_HEIGHT + _BASELINE)
+            pen.text(at, glyph, fill=255, font=font, anchor="ls")
+    # Sixteen greys are enough for edges and halve the file.
+    return picture.quantize(16)
+
+
+def _at_cap_height(path: Path) -> ImageFont.FreeTypeFont:
+    """The font at the size whose H is CAP pixels high."""
+    font = ImageFont.truetype(str(path), 1000)
+    height = -font.getbbox("H", anchor="ls")[1]
+    return ImageFont.truetype(str(path), round(1000 * CAP / height))
+
+
+if __name__ == "__main__":
+    draw(Path(sys.argv[1])).save(_FILE, optimize=True)

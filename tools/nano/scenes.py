@@ -1,0 +1,313 @@
+"""What a picture of the data set shows: a background, one or two groups of shapes, or a word.
+
+A Scene holds everything that its picture and its caption say, places included, so that drawing is
+arithmetic and the same scene is always the same picture. About a tenth of the combinations (a shape, its
+colour, the background; a word, its colour) never occur in training: which ones, a hash decides.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import NamedTuple, TypeVar
+
+from .glyphs import FONTS, line_width
+
+Colour = tuple[int, int, int]
+Size = tuple[int, int]
+Box = tuple[float, float, float, float]
+
+COLOURS: dict[str, Colour] = {
+    "red": (214, 34, 40),
+    "orange": (246, 138, 22),
+    "yellow": (250, 218, 50),
+    "green": (36, 156, 66),
+    "blue": (36, 86, 214),
+    "purple": (122, 44, 160),
+    "pink": (250, 152, 196),
+    "white": (248, 248, 248),
+    "black": (22, 22, 24),
+    "gray": (132, 132, 132),
+}
+SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
+TEXTURES = ("plain", "stripes", "dots", "checks")
+RELATIONS = ("left of", "right of", "above", "below")
+WORDS = (
+    *("ART", "BAND", "BOOK", "CAFE", "EXIT", "FISH", "HAPPY", "HELLO", "HOTEL", "JAZZ", "KIWI", "LENS"),
+    *("LOVE", "MOON", "MUSIC", "NANO", "OPEN", "PIZZA", "QUIZ", "SALE", "SUN", "TEA", "TRUCK", "ZOO"),
+)
+NUMBERS = tuple(str(number) for number in range(100))
+
+# (height, width): the nine aspect ratios at about 256 image tokens.
+SIZES: tuple[Size, ...] = (
+    *((352, 176), (336, 192), (320, 208), (304, 224), (256, 256)),
+    *((224, 304), (208, 320), (192, 336), (176, 352)),
+)
+# Pixels across; a picture's token is 16, so that even a small shape has a few.
+ACROSS = {"small": (34.0, 46.0), "large": (60.0, 88.0)}
+SMALL_BELOW = 53.0
+CAP_HEIGHTS = (36.0, 56.0)
+
+# Pairs of colours that a background may fade between, with what must not be drawn on it: the colours that
+# the fade passes near.
+GRADIENTS: dict[tuple[str, str], tuple[str, ...]] = {
+    ("blue", "white"): ("gray",),
+    ("blue", "green"): ("gray",),
+    ("blue", "purple"): (),
+    ("black", "blue"): ("purple",),
+    ("black", "red"): (),
+    ("black", "white"): ("gray",),
+    ("green", "white"): ("gray",),
+    ("green", "yellow"): (),
+    ("orange", "yellow"): (),
+    ("pink", "purple"): (),
+    ("pink", "white"): (),
+    ("red", "yellow"): ("orange",),
+    ("white", "yellow"): (),
+}
+
+_MARGIN, _SPACING, _HALF_GAP = 4.0, 8.0, 2.0
+# A turned square or star reaches a little further than it is wide.
+_REACH = 1.06
+_HELD_OUT_OF_256 = 26
+_NAMES = tuple(COLOURS)
+_PAIRS = tuple(GRADIENTS)
+_ROUND = ("circle", "ring")
+# (columns, rows) in which so many shapes fit.
+_GRIDS = {1: ((1, 1),), 2: ((1, 2), (2, 1)), 3: ((1, 3), (3, 1), (2, 2))}
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Background:
+    """A colour with a faint texture, or a fade to ``second`` downwards or to the right."""
+
+    colour: str
+    texture: str = "plain"
+    second: str | None = None
+    downwards: bool = True
+
+
+@dataclass(frozen=True)
+class Group:
+    """One to three of one shape, colour and size."""
+
+    count: int
+    shape: str
+    colour: str
+    size: str
+
+
+@dataclass(frozen=True)
+class Word:
+    """A word in capitals or a number."""
+
+    text: str
+    font: str
+    colour: str
+
+
+class Place(NamedTuple):
+    """Where one shape or word is: its centre and width (a word: cap height) in pixels, its turn in degrees."""
+
+    x: float
+    y: float
+    across: float
+    turn: float
+    tint: tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A picture: ``main`` stands ``relation`` (say, left of) ``other``. ``places``: main's, then other's."""
+
+    height: int
+    width: int
+    background: Background
+    main: Group | Word
+    other: Group | None
+    relation: str | None
+    places: tuple[Place, ...]
+    tint: tuple[float, float, float]
+
+
+@cache
+def is_held_out(*combination: str) -> bool:
+    """Whether training never shows (colour, shape, background colour), or (word, its colour)."""
+    return hashlib.sha256(" ".join(combination).encode()).digest()[0] < _HELD_OUT_OF_256
+
+
+def combinations(scene: Scene) -> list[tuple[str, ...]]:
+    """What of a scene training may or may not show: the main part's combination, then the other group's."""
+    parts = [scene.main] if scene.other is None else [scene.main, scene.other]
+    return [_combination(part, scene.background) for part in parts]
+
+
+def _combination(part: Group | Word, background: Background) -> tuple[str, ...]:
+    if isinstance(part, Word):
+        return part.text, part.colour
+    return part.colour, part.shape, background.colour
+
+
+def sample_scene(rng: random.Random, held_out: bool = False, size: Size | None = None) -> Scene:
+    """A random scene of ``size`` (height, width), by default one of SIZES.
+
+    ``held_out``: its main part is a combination that training never shows; the rest is always training's.
+    """
+    size = size or rng.choice(SIZES)
+    background = _background(rng)
+    kind = rng.random()
+    if kind < 0.25:
+        return _groups(rng, background, held_out, size, counts=(1,))
+    if kind < 0.5:
+        return _groups(rng, background, held_out, size, counts=(2, 3))
+    if kind < 0.85:
+        return _groups(rng, background, held_out, size, counts=(1, 2, 3), relation=rng.choice(RELATIONS))
+    relation = rng.choice(("above", "below")) if rng.random() < 0.4 else None
+    return _word_scene(rng, background, held_out, size, relation)
+
+
+def _groups(
+    rng: random.Random,
+    background: Background,
+    held_out: bool,
+    size: Size,
+    counts: tuple[int, ...],
+    relation: str | None = None,
+) -> Scene:
+    """One group, or with a relation two."""
+    main = _first(lambda: _group(rng, counts), lambda found: _allowed(found, background, held_out))
+    if relation is None:
+        return Scene(*size, background, main, None, None, _scatter(rng, main, _whole(size)), _tint(rng))
+    other = _first(
+        lambda: _group(rng, counts),
+        lambda found: (
+            _allowed(found, background) and (found.colour, found.shape) != (main.colour, main.shape)
+        ),
+    )
+    here, there = _halves(relation, size)
+    places = _scatter(rng, main, here) + _scatter(rng, other, there)
+    return Scene(*size, background, main, other, relation, places, _tint(rng))
+
+
+def _word_scene(
+    rng: random.Random, background: Background, held_out: bool, size: Size, relation: str | None
+) -> Scene:
+    """A word or number, or with a relation one of them and a shape."""
+    width = size[1]
+    word = _first(
+        lambda: _word(rng),
+        lambda found: _allowed(found, background, held_out) and _largest_cap(found, width) >= CAP_HEIGHTS[0],
+    )
+    if relation is None:
+        return Scene(*size, background, word, None, None, _put_word(rng, word, _whole(size)), _tint(rng))
+    other = _first(lambda: _group(rng, (1,)), lambda found: _allowed(found, background))
+    here, there = _halves(relation, size)
+    places = _put_word(rng, word, here) + _scatter(rng, other, there)
+    return Scene(*size, background, word, other, relation, places, _tint(rng))
+
+
+def _first(draw: Callable[[], _T], accept: Callable[[_T], bool]) -> _T:
+    """Draws until one is accepted."""
+    while not accept(found := draw()):
+        pass
+    return found
+
+
+def _allowed(part: Group | Word, background: Background, held_out: bool = False) -> bool:
+    """Whether the part can be seen on the background and belongs to the split asked for."""
+    taken = (background.colour, background.second)
+    near = GRADIENTS[_pair(background)] if background.second else ()
+    if part.colour in taken or part.colour in near:
+        return False
+    return is_held_out(*_combination(part, background)) == held_out
+
+
+def _pair(background: Background) -> tuple[str, str]:
+    first, second = sorted((background.colour, background.second or ""))
+    return first, second
+
+
+def _background(rng: random.Random) -> Background:
+    kind = rng.random()
+    if kind < 0.2:
+        first, second = rng.sample(rng.choice(_PAIRS), 2)
+        return Background(first, second=second, downwards=rng.random() < 0.5)
+    texture = "plain" if kind < 0.65 else rng.choice(TEXTURES[1:])
+    return Background(rng.choice(_NAMES), texture)
+
+
+def _group(rng: random.Random, counts: tuple[int, ...]) -> Group:
+    size = "small" if rng.random() < 0.5 else "large"
+    return Group(rng.choice(counts), rng.choice(SHAPES), rng.choice(_NAMES), size)
+
+
+def _word(rng: random.Random) -> Word:
+    text = rng.choice(WORDS) if rng.random() < 0.65 else rng.choice(NUMBERS)
+    return Word(text, rng.choice(FONTS), rng.choice(_NAMES))
+
+
+def _tint(rng: random.Random) -> tuple[float, float, float]:
+    """A deviation from a palette colour: small beside the colours' distances."""
+    return rng.uniform(-6, 6), rng.uniform(-6, 6), rng.uniform(-6, 6)
+
+
+def _whole(size: Size) -> Box:
+    """The picture's inside as (left, top, right, bottom)."""
+    height, width = size
+    return _MARGIN, _MARGIN, width - _MARGIN, height - _MARGIN
+
+
+def _halves(relation: str, size: Size) -> tuple[Box, Box]:
+    """Where the main part and the other group go."""
+    left, top, right, bottom = _whole(size)
+    height, width = size
+    if relation in ("left of", "right of"):
+        first = (left, top, width / 2 - _HALF_GAP, bottom)
+        second = (width / 2 + _HALF_GAP, top, right, bottom)
+    else:
+        first = (left, top, right, height / 2 - _HALF_GAP)
+        second = (left, height / 2 + _HALF_GAP, right, bottom)
+    return (first, second) if relation in ("left of", "above") else (second, first)
+
+
+def _scatter(rng: random.Random, group: Group, box: Box) -> tuple[Place, ...]:
+    """Places of a group in its box: cells of a grid picked at random, each place somewhere in its cell."""
+    left, top, right, bottom = box
+    width, height = right - left, bottom - top
+    low, high = ACROSS[group.size]
+    room = max(min(width / columns, height / rows) for columns, rows in _GRIDS[group.count])
+    across = rng.uniform(low, min(high, (room - _SPACING) / _REACH))
+    cell = across * _REACH + _SPACING
+    # The thousandth forgives rounding where the room is just enough.
+    columns, rows = int(width / cell + 1e-3), int(height / cell + 1e-3)
+    slack_x, slack_y = max(0.0, width / columns - cell) / 2, max(0.0, height / rows - cell) / 2
+    places = []
+    for index in rng.sample(range(columns * rows), group.count):
+        x = left + (index % columns + 0.5) * width / columns + rng.uniform(-slack_x, slack_x)
+        y = top + (index // columns + 0.5) * height / rows + rng.uniform(-slack_y, slack_y)
+        turn = 0.0 if group.shape in _ROUND else rng.uniform(-6, 6)
+        places.append(Place(x, y, across, turn, _tint(rng)))
+    return tuple(places)
+
+
+def _largest_cap(word: Word, width: int) -> float:
+    """The cap height at which the word fills a picture's width."""
+    return (width - 2 * _MARGIN - _SPACING) / line_width(word.text, word.font)
+
+
+def _put_word(rng: random.Random, word: Word, box: Box) -> tuple[Place, ...]:
+    """A word's place in its box."""
+    left, top, right, bottom = box
+    low, high = CAP_HEIGHTS
+    cap = rng.uniform(low, min(high, (right - left - _SPACING) / line_width(word.text, word.font)))
+    slack_x = (right - left - _SPACING - cap * line_width(word.text, word.font)) / 2
+    # Q and J reach a quarter of the cap height below the line.
+    slack_y = (bottom - top - _SPACING - 1.5 * cap) / 2
+    x, y = (left + right) / 2, (top + bottom) / 2
+    return (
+        Place(x + rng.uniform(-slack_x, slack_x), y + rng.uniform(-slack_y, slack_y), cap, 0.0, _tint(rng)),
+    )

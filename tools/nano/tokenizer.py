@@ -1,0 +1,45 @@
+"""The nano models' tokenizer: byte-level BPE like GPT-OSS's, with merges learnt from captions and template.
+
+Words to be drawn are kept out of the text that merges are learnt from, so they reach the encoder letter by
+letter, and a word never seen can be spelt.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Iterator
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from lens_core.prompt.template import INSTRUCTIONS, SYSTEM, THOUGHT
+from lens_core.tiny.tokenizer import SPECIALS
+
+from .captions import caption
+from .configs import VOCABULARY
+from .scenes import sample_scene
+
+_QUOTED = re.compile(r'"[^"]*"')
+
+
+def train_tokenizer(captions: int = 20_000, seed: int = 0) -> Tokenizer:
+    """The same tokenizer for the same ``seed``."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY - len(SPECIALS),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_texts(captions, seed), trainer)
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIALS])
+    return tokenizer
+
+
+def _texts(captions: int, seed: int) -> Iterator[str]:
+    rng = random.Random(seed)
+    for _ in range(captions // 100):
+        yield from (SYSTEM, INSTRUCTIONS, THOUGHT)
+        for _ in range(100):
+            yield _QUOTED.sub('""', caption(sample_scene(rng), rng))

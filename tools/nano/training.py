@@ -1,0 +1,156 @@
+"""What every training here shares: masters of weights, recorded steps, schedules, checkpoints, curves."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Masters:
+    """AdamW on fp32 copies of parameters, and their running average, which is what is exported.
+
+    ``step`` is safe to record into a CUDA graph; the learning rate is a tensor, so recorded steps
+    follow it.
+    """
+
+    def __init__(
+        self, parameters: Iterable[nn.Parameter], average_over: float = 500.0, decay: float = 0.01
+    ) -> None:
+        self.parameters: list[Tensor] = list(parameters)
+        device = self.parameters[0].device
+        self.values = [p.detach().float().clone() for p in self.parameters]
+        self.average = [value.clone() for value in self.values]
+        self.rate = torch.zeros((), device=device)
+        self.keep = 1 - 1 / average_over
+        on_gpu = device.type == "cuda"
+        self.optimizer = torch.optim.AdamW(
+            self.values, lr=self.rate, betas=(0.9, 0.98), weight_decay=decay, fused=on_gpu, capturable=on_gpu
+        )
+
+    def step(self, limit: float = 1.0) -> Tensor:
+        """Apply the parameters' gradients, their norm limited; returns that norm. Gradients are cleared."""
+        learnt = [  # the last block's text stream ends at K and V: the rest of it has no gradient
+            (value, parameter.grad.float())
+            for value, parameter in zip(self.values, self.parameters, strict=True)
+            if parameter.grad is not None
+        ]
+        gradients = [gradient for _, gradient in learnt]
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        torch._foreach_mul_(gradients, (limit / (norm + 1e-6)).clamp(max=1.0))
+        for value, gradient in learnt:
+            value.grad = gradient
+        self.optimizer.step()
+        torch._foreach_lerp_(self.average, self.values, 1 - self.keep)
+        with torch.no_grad():
+            torch._foreach_copy_(self.parameters, self.values)
+        for parameter in self.parameters:
+            parameter.grad = None
+        return norm
+
+    def state(self) -> dict[str, Any]:
+        """All that a later run needs to go on."""
+        return {"values": self.values, "average": self.average, "optimizer": self.optimizer.state_dict()}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from ``state``; before anything is recorded."""
+        torch._foreach_copy_(self.values, state["values"])
+        torch._foreach_copy_(self.average, state["average"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate
+        self.show(self.values)
+
+    def show(self, values: Sequence[Tensor]) -> None:
+        """Put ``values`` (the masters or their average) into the parameters."""
+        with torch.no_grad():
+            torch._foreach_copy_(self.parameters, list(values))
+
+
+class Recorded:
+    """A function of fixed inputs, recorded as a CUDA graph at its first call; on a CPU simply called.
+
+    Graphs share one pool of memory: they never run at the same time. What the function returns is
+    overwritten by the next call.
+    """
+
+    _pool: Any = None
+
+    def __init__(self, function: Callable[..., Tensor], warm_up: int = 2) -> None:
+        self.function, self.warm_up = function, warm_up
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.inputs: tuple[Tensor, ...] = ()
+        self.output: Tensor | None = None
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        if inputs[0].device.type != "cuda":
+            return self.function(*inputs)
+        if self.graph is None:
+            return self._record(inputs)
+        for mine, given in zip(self.inputs, inputs, strict=True):
+            mine.copy_(given, non_blocking=True)
+        self.graph.replay()
+        assert self.output is not None
+        return self.output
+
+    def _record(self, inputs: tuple[Tensor, ...]) -> Tensor:
+        """The warm-up steps are real ones; recording runs nothing."""
+        self.inputs = tuple(tensor.clone() for tensor in inputs)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(self.warm_up):
+                result = self.function(*self.inputs).clone()
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        if Recorded._pool is None:
+            Recorded._pool = torch.cuda.graph_pool_handle()
+        with torch.cuda.graph(self.graph, pool=Recorded._pool):
+            self.output = self.function(*self.inputs)
+        return result
+
+
+def rate_at(step: int, steps: int, peak: float, warm_up: int = 400, last: float = 0.02) -> float:
+    """Linear from 0 to ``peak``, then half a cosine down to ``last`` of it."""
+    share = min(step / max(steps, 1), 1.0)
+    down = last + (1 - last) * (1 + math.cos(math.pi * share)) / 2
+    return peak * min(1.0, (step + 1) / warm_up) * down
+
+
+class Curves:
+    """Losses of a training by step, kept as JSON; prints a line as each mean is taken."""
+
+    def __init__(self, path: Path, every: int = 100) -> None:
+        self.path, self.every = path, every
+        self.points: list[dict[str, float]] = json.loads(path.read_text()) if path.exists() else []
+        self._sums: Tensor | None = None
+        self._count, self._start = 0, time.perf_counter()
+
+    def add(self, step: int, names: tuple[str, ...], values: Tensor) -> None:
+        """``values`` [len(names)], on any device; looked at only once in ``every`` steps."""
+        self._sums = values.detach().clone() if self._sums is None else self._sums + values.detach()
+        self._count += 1
+        if self._count < self.every:
+            return
+        means = (self._sums / self._count).tolist()
+        seconds, now = time.perf_counter() - self._start, time.perf_counter()
+        point = {"step": step, **{n: round(v, 5) for n, v in zip(names, means, strict=True)}}
+        self.points.append(point)
+        print(point, f"{self._count / seconds:.1f} steps/s", flush=True)
+        self._sums, self._count, self._start = None, 0, now
+
+    def save(self) -> None:
+        self.path.write_text(json.dumps(self.points) + "\n", encoding="utf-8")
+
+
+def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
+    """Whole or not at all: a run that is cut off leaves the one before."""
+    unfinished = path.with_suffix(".part")
+    torch.save(content, unfinished)
+    unfinished.replace(path)
