@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +27,17 @@ SAME = 1e-5
 
 
 @pytest.fixture(scope="module", autouse=True)
-def brought_along(host, nano_models: Path) -> None:
+def brought_along(host, nano_models: Path) -> Iterator[None]:
     """The folder above the random nano models, as if they were the pack's own."""
     import folder_paths
 
-    patch = pytest.MonkeyPatch()
-    names = folder_paths.folder_names_and_paths
-    roots, extensions = names["lens"]
-    patch.setitem(names, "lens", ([*roots, str(nano_models.parent)], extensions))
-    patch.setattr(host.module("nodes.host.paths"), "_BROUGHT_ALONG", nano_models.parent)
-    yield
-    patch.undo()
+    # In place: other fixtures add folders to the same list meanwhile.
+    roots, _ = folder_paths.folder_names_and_paths["lens"]
+    roots.append(str(nano_models.parent))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(host.module("nodes.host.paths"), "_BROUGHT_ALONG", nano_models.parent)
+        yield
+    roots.remove(str(nano_models.parent))
 
 
 @pytest.fixture(scope="module")
