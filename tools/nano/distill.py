@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import random
-import time
 from itertools import pairwise
 from pathlib import Path
 
@@ -28,7 +27,7 @@ from .export import export
 from .feed import batches
 from .scenes import SIZES, Size
 from .train import Models, clear
-from .training import Curves, Masters, Recorded, rate_at, save_checkpoint
+from .training import Clock, Curves, Masters, Recorded, rate_at, save_checkpoint
 
 NAMES = ("step 1", "step 2", "step 3", "step 4", "gradient")
 STEPS = LENS_TURBO.steps
@@ -112,10 +111,10 @@ def distil(args: argparse.Namespace) -> bool:
     encode = Recorded(torch.no_grad()(lambda tails: models.encoder(models.prefix, tails)[0]))
     feed = batches(models.tokenizer_json, args.batch, args.workers, args.seed + 77 + first)
     curves, rng = Curves(args.out / "distill.json"), random.Random(args.seed + first)
-    end, index = time.monotonic() + 60 * args.minutes, first
-    while index < args.steps and time.monotonic() < end:
+    clock, index = Clock(args.minutes, args.finish), first
+    while clock.share(index, args.steps) < 1 and not clock.over():
         batch, part = next(feed), rng.randrange(STEPS)
-        masters.rate.fill_(rate_at(index, args.steps, args.rate, warm_up=100))
+        masters.rate.fill_(rate_at(index, clock.share(index, args.steps), args.rate, warm_up=100))
         text = encode(batch.tails.to(device))
         error, norm = lessons[batch.size](part, text, batch.real.to(device))
         # Each step's own error; a hundred of them hold each part some 25 times.
@@ -130,7 +129,7 @@ def distil(args: argparse.Namespace) -> bool:
     clear(folder)
     weights = {name: value.detach().cpu() for name, value in student.state_dict().items()}
     export(folder, weights, None, None, None, LENS_TURBO)
-    return index >= args.steps
+    return clock.share(index, args.steps) >= 1
 
 
 def main() -> None:
@@ -139,6 +138,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the run, trained")
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--minutes", type=float, default=1e9, help="of this run")
+    parser.add_argument("--finish", action="store_true", help="the training ends when the minutes do")
     parser.add_argument("--parts", type=int, default=5, help="the teacher's steps in one of the student's")
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--rate", type=float, default=5e-4)

@@ -6,8 +6,9 @@ An interrupted training goes on where its last checkpoint was. ``--minutes`` end
 from __future__ import annotations
 
 import argparse
+import random
 import shutil
-import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -21,12 +22,16 @@ from lens_core.vae import LensVAE
 from .configs import DENOISER, VAE, encoder_config
 from .encoder import TrainedEncoder
 from .export import export
-from .feed import batches
+from .feed import Batch, batches
 from .flow import NAMES, FlowStep, initialise
-from .scenes import SIZES
+from .scenes import SIZES, Size
 from .tokenizer import train_tokenizer
 from .train_vae import pictures
-from .training import Curves, Masters, Recorded, rate_at, save_checkpoint
+from .training import Clock, Curves, Masters, Recorded, rate_at, save_checkpoint
+
+# Pictures that are drawn together, and the steps between two such batches.
+_NEW = 256
+_RENEW = 8
 
 
 class Models:
@@ -58,6 +63,42 @@ class Models:
         return self.vae.encode(images.to(torch.bfloat16))
 
 
+class Pool:
+    """Pictures as latents, and their captions' tokens, on the device and by size.
+
+    Drawing and encoding a picture takes as long as learning from it: each is used several times, at other
+    noise levels, until newer ones take its place.
+    """
+
+    def __init__(self, models: Models, feed: Iterator[Batch], room: int) -> None:
+        """``room``: pictures of each size; it is filled at once."""
+        self.models, self.feed, self.room = models, feed, room
+        self._kept: dict[Size, tuple[Tensor, Tensor, Tensor]] = {}
+        self._count = dict.fromkeys(SIZES, 0)
+        while min(self._count.values()) < room:
+            self.add()
+
+    def add(self) -> None:
+        """A new batch in place of the oldest of its size."""
+        batch = next(self.feed)
+        device = self.models.device
+        new = (self.models.latents(pictures(batch, device)), batch.tails.to(device), batch.real.to(device))
+        if batch.size not in self._kept:
+            shapes = [(self.room, *part.shape[1:]) for part in new]
+            self._kept[batch.size] = tuple(  # type: ignore[assignment]
+                part.new_zeros(shape) for part, shape in zip(new, shapes, strict=True)
+            )
+        start = self._count[batch.size] % self.room
+        for kept, part in zip(self._kept[batch.size], new, strict=True):
+            kept[start : start + len(part)] = part[: self.room - start]
+        self._count[batch.size] += len(new[0])
+
+    def draw(self, size: Size, count: int) -> tuple[Tensor, ...]:
+        """Latents [B, C, h, w], ids and which are real [B, S], of ``count`` pictures by chance."""
+        rows = torch.randint(self.room, (count,), device=self.models.device)
+        return tuple(part[rows] for part in self._kept[size])
+
+
 def train(args: argparse.Namespace) -> bool:
     """Train for so many minutes at most; True once all steps are done and ``lens/`` is exported."""
     torch.manual_seed(args.seed)
@@ -76,14 +117,15 @@ def train(args: argparse.Namespace) -> bool:
         )
         for size in SIZES
     }
-    feed = batches(models.tokenizer_json, args.batch, args.workers, args.seed + first)
-    end, index = time.monotonic() + 60 * args.minutes, first
-    while index < args.steps and time.monotonic() < end:
-        batch = next(feed)
-        masters.rate.fill_(rate_at(index, args.steps, args.rate))
-        latents = models.latents(pictures(batch, device))
-        losses = steps[batch.size](latents, batch.tails.to(device), batch.real.to(device))
-        curves.add(index, NAMES, losses)
+    feed = batches(models.tokenizer_json, _NEW, args.workers, args.seed + first)
+    pool, rng = Pool(models, feed, args.pool), random.Random(args.seed + first)
+    clock, index = Clock(args.minutes, args.finish), first
+    while clock.share(index, args.steps) < 1 and not clock.over():
+        masters.rate.fill_(rate_at(index, clock.share(index, args.steps), args.rate))
+        size = rng.choice(SIZES)
+        curves.add(index, NAMES, steps[size](*pool.draw(size, args.batch)))
+        if index % _RENEW == 0:
+            pool.add()
         index += 1
         if index % args.keep == 0:
             save_checkpoint(path, {"masters": masters.state(), "step": index})
@@ -94,7 +136,7 @@ def train(args: argparse.Namespace) -> bool:
     trained = {"encoder": models.encoder.state_dict(), "denoiser": models.denoiser.state_dict()}
     save_checkpoint(args.out / "trained.pt", trained)
     write(args.out / "lens", models)
-    return index >= args.steps
+    return clock.share(index, args.steps) >= 1
 
 
 def write(folder: Path, models: Models) -> None:
@@ -119,9 +161,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the run, with vae.pt")
     parser.add_argument("--steps", type=int, default=40_000)
     parser.add_argument("--minutes", type=float, default=1e9, help="of this run")
-    parser.add_argument("--batch", type=int, default=256, help="pictures a step")
+    parser.add_argument("--finish", action="store_true", help="the training ends when the minutes do")
+    parser.add_argument("--batch", type=int, default=128, help="pictures a step, each at two noise levels")
     parser.add_argument("--rate", type=float, default=1.5e-3)
     parser.add_argument("--keep", type=int, default=5000, help="steps between checkpoints")
+    parser.add_argument("--pool", type=int, default=8192, help="pictures of each size that are kept")
     parser.add_argument("--workers", type=int, default=12)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

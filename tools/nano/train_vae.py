@@ -22,16 +22,24 @@ from lens_core.vae.autoencoder import pack
 from .configs import VAE
 from .feed import Batch, batches
 from .render import collate, render
-from .scenes import SIZES, Size, sample_scene
+from .scenes import SIZES, sample_scene
 from .training import Curves, Masters, Recorded, rate_at, save_checkpoint
 
 NAMES = ("L1", "edges", "KL", "gradient")
 _KL = 2e-3
+# Of the windows that the VAE is trained on.
+_SIDE = 128
 
 
 def pictures(batch: Batch, device: torch.device) -> Tensor:
     """[B, 3, H, W] in [-1, 1]."""
     return render({name: value.to(device) for name, value in batch.scenes.items()}, *batch.size)
+
+
+def cut(images: Tensor, side: int, rng: random.Random) -> Tensor:
+    """A square window [B, 3, side, side], somewhere: convolutions learn from parts as well, in less time."""
+    top, left = (rng.randrange((length - side) // 8 + 1) * 8 for length in images.shape[-2:])
+    return images[..., top : top + side, left : left + side].contiguous()
 
 
 def losses(vae: LensVAE, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -90,13 +98,13 @@ def train(args: argparse.Namespace) -> None:
         total.backward()
         return torch.cat([parts, masters.step().reshape(1)])
 
-    recorded: dict[Size, Recorded] = {size: Recorded(step) for size in SIZES}
+    recorded, rng = Recorded(step), random.Random(args.seed + first)
     feed = batches(None, args.batch, args.workers, args.seed + first)
     for index in range(first, args.steps):
         batch = next(feed)
-        masters.rate.fill_(rate_at(index, args.steps, args.rate))
-        images = pictures(batch, device).to(torch.bfloat16)
-        curves.add(index, NAMES, recorded[batch.size](images))
+        masters.rate.fill_(rate_at(index, index / args.steps, args.rate))
+        images = cut(pictures(batch, device), _SIDE, rng).to(torch.bfloat16)
+        curves.add(index, NAMES, recorded(images))
         if (index + 1) % args.keep == 0:
             save_checkpoint(path, {"masters": masters.state(), "step": index + 1})
             curves.save()
@@ -118,8 +126,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder of the run")
     parser.add_argument("--steps", type=int, default=10_000)
-    parser.add_argument("--batch", type=int, default=48)
-    parser.add_argument("--rate", type=float, default=2e-3)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--rate", type=float, default=3e-3)
     parser.add_argument("--keep", type=int, default=2000, help="steps between checkpoints")
     parser.add_argument("--workers", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)

@@ -116,10 +116,25 @@ class Recorded:
         return result
 
 
-def rate_at(step: int, steps: int, peak: float, warm_up: int = 400, last: float = 0.02) -> float:
-    """Linear from 0 to ``peak``, then half a cosine down to ``last`` of it."""
-    share = min(step / max(steps, 1), 1.0)
-    down = last + (1 - last) * (1 + math.cos(math.pi * share)) / 2
+class Clock:
+    """How much of a training is done, by its steps; with ``finish`` also by the minutes of this run."""
+
+    def __init__(self, minutes: float, finish: bool = False) -> None:
+        self.start, self.seconds, self.finish = time.monotonic(), 60 * minutes, finish
+
+    def over(self) -> bool:
+        """Whether this run must end."""
+        return time.monotonic() - self.start >= self.seconds
+
+    def share(self, step: int, steps: int) -> float:
+        """1: the training is done."""
+        passed = (time.monotonic() - self.start) / self.seconds if self.finish else 0.0
+        return max(step / steps, passed)
+
+
+def rate_at(step: int, share: float, peak: float, warm_up: int = 400, last: float = 0.02) -> float:
+    """Linear from 0 to ``peak``, then by the ``share`` done half a cosine down to ``last`` of it."""
+    down = last + (1 - last) * (1 + math.cos(math.pi * min(share, 1.0))) / 2
     return peak * min(1.0, (step + 1) / warm_up) * down
 
 
