@@ -1,8 +1,4 @@
-"""What a picture of the data set is called: the same facts in several phrasings.
-
-Every caption states count, shape, colour, relation, background and text. Sizes, fonts and textures are
-stated in most; where they are not, a picture may have any.
-"""
+"""What is said about a scene: one canonical sentence, or one of many phrasings."""
 
 from __future__ import annotations
 
@@ -10,137 +6,84 @@ import random
 
 from .scenes import Background, Group, Scene, Word
 
-_NUMBERS = {1: "one", 2: "two", 3: "three"}
+_COUNTS = ("", "one", "two", "three")
 _PLURALS = {"cross": "crosses"}
-_SIZES = {"small": ("small", "little", "tiny"), "large": ("large", "big", "huge")}
-_TEXTURES = {
-    "stripes": ("striped {}", "{} striped"),
-    "dots": ("dotted {}", "{} dotted"),
-    "checks": ("checkered {}", "{} checkered"),
-}
-_OPPOSITES = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
-_RELATIONS = {
-    "left of": ("left of", "to the left of", "on the left of"),
-    "right of": ("right of", "to the right of", "on the right of"),
-    "above": ("above", "over"),
-    "below": ("below", "under"),
-}
-# {scene} is the phrase of the shapes or the word; {ground} that of the background, with its article.
-_PATTERNS = (
-    "{scene} on {ground}",
-    "{Scene} on {ground}.",
-    "On {ground}: {scene}.",
-    "Picture of {scene} on {ground}",
-    "A picture of {scene} on {ground}.",
-    "{Scene}. The background is {bare}.",
-    "{scene}, {bare} background",
-    "{Ground} with {scene}.",
-    "{is_are} {scene} on {ground}.",
-    "{scene} in front of {ground}",
-)
+_OPENINGS = ("", "", "", "a picture of ", "Picture of ", "an image with ", "A drawing of ")
 
 
 def plain_caption(scene: Scene) -> str:
-    """The one canonical phrasing; it states all that a picture can be judged by."""
-    return f"{_subject(scene, None)} on {_article(_ground(scene.background, None))}"
+    """The canonical phrasing: everything, in one order."""
+    text = _part(scene.main, article="a")
+    if scene.other is not None:
+        text += f" {scene.relation} {_part(scene.other, article='a')}"
+    return f"{text} on {_background(scene.background)}"
 
 
 def caption(scene: Scene, rng: random.Random) -> str:
-    """A random phrasing."""
-    subject = _subject(scene, rng)
-    ground = _ground(scene.background, rng)
-    return rng.choice(_PATTERNS).format(
-        scene=subject,
-        Scene=_capital(subject),
-        ground=_article(ground),
-        Ground=_capital(_article(ground)),
-        bare=ground.removesuffix(" background").replace("background ", ""),
-        is_are="There are" if isinstance(scene.main, Group) and scene.main.count > 1 else "There is",
-    )
+    """A random phrasing; sizes, textures and fonts are sometimes left out, everything else is always said."""
+    article = rng.choice(("a", "one"))
+    brief = rng.random() < 0.35
+    main = _part(scene.main, article, brief, rng)
+    ground = _background(scene.background, rng.random() < 0.3)
+    if scene.other is not None:
+        main = _related(scene, main, _part(scene.other, article, brief, rng), rng)
+    text = _with_background(main, ground, rng)
+    return text[0].upper() + text[1:] + rng.choice(("", ".")) if rng.random() < 0.4 else text
 
 
-def _subject(scene: Scene, rng: random.Random | None) -> str:
-    """All that stands on the background; with a generator in one of its wordings."""
-    main = _part(scene.main, rng)
-    if scene.other is None or scene.relation is None:
-        return main
-    other = _part(scene.other, rng)
-    if rng is None:
-        return f"{main} {scene.relation} {other}"
-    if rng.random() < 0.25:
-        return f"{other} {rng.choice(_RELATIONS[_OPPOSITES[scene.relation]])} {main}"
-    return f"{main} {rng.choice(_RELATIONS[scene.relation])} {other}"
+def _part(
+    part: Group | Word, article: str = "a", brief: bool = False, rng: random.Random | None = None
+) -> str:
+    if isinstance(part, Group):
+        number = article if part.count == 1 else _COUNTS[part.count]
+        if part.count > 1 and rng is not None and rng.random() < 0.2:
+            number = str(part.count)
+        words = [number, "" if brief else part.size, part.colour, _noun(part)]
+        return _articles(" ".join(word for word in words if word))
+    what = "number" if part.text.isdigit() else "word"
+    lead = f"the {what} " if rng is None or rng.random() < 0.7 else ""
+    style = f"{part.colour} letters" if brief else f"{part.colour} {part.font} letters"
+    return f'{lead}"{part.text}" in {style}'
 
 
-def _part(part: Group | Word, rng: random.Random | None) -> str:
-    return _word(part, rng) if isinstance(part, Word) else _group(part, rng)
+def _noun(group: Group) -> str:
+    return group.shape if group.count == 1 else _PLURALS.get(group.shape, group.shape + "s")
 
 
-def _group(group: Group, rng: random.Random | None) -> str:
-    """Say, ``two small blue squares``."""
-    if rng is None:
-        size = group.size
-    else:
-        size = rng.choice(_SIZES[group.size]) if rng.random() < 0.7 else ""
-    words = f"{size} {group.colour} {group.shape}".lstrip()
-    if group.count == 1:
-        return f"one {words}" if rng is not None and rng.random() < 0.2 else f"a {words}"
-    number = str(group.count) if rng is not None and rng.random() < 0.2 else _NUMBERS[group.count]
-    return f"{number} {words.removesuffix(group.shape)}{_PLURALS.get(group.shape, group.shape + 's')}"
-
-
-def _word(word: Word, rng: random.Random | None) -> str:
-    """Say, ``the word "OPEN" in red serif letters``."""
-    number = word.text.isdigit()
-    kind, signs = ("number", "digits") if number else ("word", "letters")
-    if rng is None:
-        return f'the {kind} "{word.text}" in {word.colour} {word.font} {signs}'
-    look = f"{word.colour} {word.font}" if rng.random() < 0.7 else word.colour
-    pattern = rng.choice(
-        (
-            'the {kind} "{text}" in {look} {signs}',
-            '"{text}" written in {look} {signs}',
-            'the text "{text}" in {look}',
-            '{look} {signs} that say "{text}"',
-            'the {look} {kind} "{text}"',
-        )
-    )
-    return pattern.format(kind=kind, text=word.text, look=look, signs=signs)
-
-
-def _ground(background: Background, rng: random.Random | None) -> str:
-    """Say, ``striped blue background``, without an article."""
+def _background(background: Background, brief: bool = False) -> str:
     if background.second is not None:
-        return _fade(background, rng)
-    if background.texture == "plain":
-        plain = rng is not None and rng.random() < 0.15
-        return f"{'plain ' if plain else ''}{background.colour} background"
-    forms = _TEXTURES[background.texture]
-    if rng is None:
-        return f"{forms[0].format(background.colour)} background"
-    return f"{rng.choice(forms).format(background.colour)} background"
+        way = "from top to bottom" if background.downwards else "from left to right"
+        blend = f"a background fading from {background.colour} to {background.second}"
+        return blend if brief else f"{blend} {way}"
+    ground = _articles(f"a {background.colour} background")
+    return ground if background.texture == "plain" or brief else f"{ground} with {background.texture}"
 
 
-def _fade(background: Background, rng: random.Random | None) -> str:
-    """A gradient; always named from its first colour, which is at the top or on the left."""
-    first, second = background.colour, background.second
-    start, end = ("top", "bottom") if background.downwards else ("left", "right")
-    plain = f"background fading from {first} at the {start} to {second} at the {end}"
-    if rng is None:
-        return plain
+def _articles(text: str) -> str:
+    """ "an" where a colour asks for it."""
+    return text.replace("a orange", "an orange") if text.startswith("a orange") else text
+
+
+def _related(scene: Scene, main: str, other: str, rng: random.Random) -> str:
+    relation = scene.relation
+    if relation in ("left of", "right of") and rng.random() < 0.5:
+        relation = f"to the {relation}"
     return rng.choice(
         (
-            plain,
-            f"background that goes from {first} ({start}) to {second} ({end})",
-            f"gradient from {first} at the {start} to {second} at the {end}",
+            f"{main} {relation} {other}",
+            f"{main} {relation} {other}",
+            f"{main}, {relation} {other}",
+            f"{main} placed {relation} {other}",
         )
     )
 
 
-def _article(ground: str) -> str:
-    """With ``a`` or ``an``."""
-    return f"{'an' if ground[0] in 'aeiou' else 'a'} {ground}"
-
-
-def _capital(text: str) -> str:
-    return text[0].upper() + text[1:]
+def _with_background(main: str, ground: str, rng: random.Random) -> str:
+    kind = rng.randrange(6)
+    if kind < 3:
+        return f"{rng.choice(_OPENINGS)}{main} on {ground}"
+    if kind == 3:
+        return f"on {ground}: {main}"
+    if kind == 4:
+        return f"{main}, {ground.removeprefix('a ').removeprefix('an ')}"
+    return f"{ground} with {main}" if "with" not in ground else f"{ground} and {main}"

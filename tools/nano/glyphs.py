@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw, ImageFont
 FONTS = ("sans", "serif", "mono")
 GLYPHS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
 CAP, PAD = 44, 3
-CELL_WIDTH, CELL_HEIGHT = 76, 64
+CELL_WIDTH, CELL_HEIGHT = 72, 64
 # Empty space between two glyphs, in cap heights: enough that a blurred picture's letters stay apart.
 TRACKING = 0.16
 
