@@ -23,10 +23,11 @@ from lens_core.sampling import norm_rescaled_guidance, sigmas
 from lens_core.sampling.schedule import empirical_mu
 
 from .configs import DENOISER
+from .denoiser import TrainedDenoiser
 from .export import export
 from .feed import batches
+from .models import Models, clear
 from .scenes import SIZES, Size
-from .train import Models, clear
 from .training import Clock, Curves, Masters, Recorded, rate_at, save_checkpoint
 
 NAMES = ("step 1", "step 2", "step 3", "step 4", "gradient")
@@ -98,7 +99,7 @@ def distil(args: argparse.Namespace) -> bool:
     trained = torch.load(args.out / "trained.pt", map_location=device)
     models.encoder.load_state_dict(trained["encoder"])
     models.denoiser.load_state_dict(trained["denoiser"])
-    student = LensDenoiser(DENOISER).to(device, torch.bfloat16)
+    student = TrainedDenoiser(DENOISER).to(device, torch.bfloat16)
     student.load_state_dict(models.denoiser.state_dict())
     masters = Masters(student.parameters(), average_over=300)
     path, first = args.out / "distill_resume.pt", 0

@@ -9,6 +9,8 @@ Face does.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -67,26 +69,25 @@ class TrainedEncoder(nn.Module):
     def forward(self, prefix: Tensor, tails: Tensor) -> tuple[Tensor, Tensor]:
         """Ids of the common prefix [P] and of what follows it, padded at the end, [B, S] -> features
         [B, S, L, H] and the next tokens' logits [B, S, V], both in the computing dtype."""
-        length, (batch, width) = len(prefix), tails.shape
+        config, length, (batch, width) = self.config, len(prefix), tails.shape
         x = F.embedding(torch.cat([prefix, tails.flatten()]), self.embed)
-        positions = torch.arange(length + width, device=x.device)
-        rotary = yarn_table(self.config, positions)
-        own = torch.cat([rotary[:, :length], rotary[:, length:].repeat(1, batch, 1)], dim=1)
-        weights = self._weights()
+        rotary = yarn_table(config, torch.arange(length + width, device=x.device))
+        rotary = torch.cat([rotary[:, :length], rotary[:, length:].repeat(1, batch, 1)], dim=1)
+        masks = {
+            window: (
+                causal_mask(length, length, window, x.device),
+                causal_mask(width, length + width, window, x.device),
+            )
+            for window in (None, config.sliding_window)
+        }
+        run = _compiled() if x.is_cuda else _layer
         features = []
-        for layer in range(self.config.num_hidden_layers):
-            window = self.config.sliding_window if self.config.is_sliding(layer) else None
-            masks = [
-                causal_mask(count, keys, window, x.device)
-                for count, keys in ((length, length), (width, length + width))
-            ]
-            w = {name: tensor[layer] for name, tensor in weights.items()}
-            y = self._norm(x, self.input_norm[layer])
-            x = x + F.linear(self._attention(y, w, own, masks, batch), w["out"], w["out_bias"])
-            x = x + self._experts(self._norm(x, self.post_norm[layer]), layer, w)
-            if layer in CAPTURED_LAYERS:
+        for index, weights in enumerate(self._weights()):
+            window = config.sliding_window if config.is_sliding(index) else None
+            x = run(x, weights, rotary, masks[window], config)
+            if index in CAPTURED_LAYERS:
                 features.append(x[length:].to(self.dtype).view(batch, width, -1))
-        final = self._norm(x[length:], self.norm).view(batch, width, -1)
+        final = _norm(x[length:], self.norm, config, self.dtype).view(batch, width, -1)
         return torch.stack(features, dim=2), F.linear(final, self.lm_head.to(self.dtype))
 
     def state(self) -> dict[str, Tensor]:
@@ -105,10 +106,15 @@ class TrainedEncoder(nn.Module):
                 state[f"model.layers.{layer}.self_attn.{letter}_proj.bias"] = bias
         return {name: tensor.detach() for name, tensor in state.items()}
 
-    def _weights(self) -> dict[str, Tensor]:
-        names = ("qkv", "qkv_bias", "out", "out_bias", "sinks", "gate_up_bias", "down_bias")
-        weights = {name: getattr(self, name).to(self.dtype) for name in names}
-        return weights | {name: self._rounded(getattr(self, name)) for name in ("gate_up", "down")}
+    def _weights(self) -> list[dict[str, Tensor]]:
+        """Each layer's, as it computes with them; unbound at once, or every layer's gradient were as large
+        as all layers'."""
+        weights = {name: getattr(self, name) for name in ("input_norm", "post_norm", "router", "router_bias")}
+        for name in ("qkv", "qkv_bias", "out", "out_bias", "sinks", "gate_up_bias", "down_bias"):
+            weights[name] = getattr(self, name).to(self.dtype)
+        weights |= {name: self._rounded(getattr(self, name)) for name in ("gate_up", "down")}
+        layers = zip(*(tensor.unbind() for tensor in weights.values()), strict=True)
+        return [dict(zip(weights, layer, strict=True)) for layer in layers]
 
     def _rounded(self, weight: Tensor) -> Tensor:
         """Through MXFP4 and back; gradients pass as if nothing was rounded."""
@@ -116,40 +122,59 @@ class TrainedEncoder(nn.Module):
             stored = mxfp4.dequantize(*mxfp4.quantize(weight), torch.float32)
         return (weight + (stored - weight).detach()).to(self.dtype)
 
-    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.rms_norm(x, x.shape[-1:], weight, self.config.rms_norm_eps).to(self.dtype)
 
-    def _attention(
-        self, y: Tensor, w: dict[str, Tensor], rotary: Tensor, masks: list[Tensor], batch: int
-    ) -> Tensor:
-        """y [P + B S, H] -> [P + B S, heads D]: the prefix by itself, every tail after it."""
-        dim, length = self.config.head_dim, len(masks[0])
-        q, k, v = (
-            part.unflatten(-1, (-1, dim))
-            for part in F.linear(y, w["qkv"], w["qkv_bias"]).split(self._rows, dim=-1)
-        )
-        q, k = rotate_halves(q, rotary), rotate_halves(k, rotary)
-        before = [x[:length].unsqueeze(0) for x in (q, k, v)]
-        tails = [x[length:].unflatten(0, (batch, -1)) for x in (q, k, v)]
-        keys, values = (
-            torch.cat([first.expand(batch, -1, -1, -1), own], dim=1)
-            for first, own in zip(before[1:], tails[1:], strict=True)
-        )
-        first = _sink_attention(before[0], before[1], before[2], masks[0], w["sinks"])
-        others = _sink_attention(tails[0], keys, values, masks[1], w["sinks"])
-        return torch.cat([first.flatten(0, 1), others.flatten(0, 1)])
+@cache
+def _compiled() -> Callable[..., Tensor]:
+    """A layer's many small operations, fused; all layers are alike, so it is compiled once."""
+    return torch.compile(_layer, fullgraph=True)
 
-    def _experts(self, y: Tensor, layer: int, w: dict[str, Tensor]) -> Tensor:
-        config = self.config
-        logits = F.linear(y.float(), self.router[layer], self.router_bias[layer])
-        values, chosen = logits.topk(config.num_experts_per_tok, dim=-1)
-        routing = torch.zeros_like(logits).scatter(-1, chosen, values.softmax(-1)).to(y.dtype)
-        gate_up = F.linear(y, w["gate_up"].flatten(0, 1), w["gate_up_bias"].flatten())
-        hidden = clamped_swiglu(
-            gate_up.unflatten(-1, (config.num_local_experts, -1)), config.swiglu_alpha, config.swiglu_limit
-        )
-        weighted = (hidden * routing.unsqueeze(-1)).flatten(1)
-        return F.linear(weighted, w["down"].transpose(0, 1).flatten(1)) + routing @ w["down_bias"]
+
+def _layer(
+    x: Tensor, w: dict[str, Tensor], rotary: Tensor, masks: tuple[Tensor, Tensor], config: EncoderConfig
+) -> Tensor:
+    """Residual stream x fp32 [P + B S, H] -> the same after this layer."""
+    dtype = w["qkv"].dtype
+    y = _attention(_norm(x, w["input_norm"], config, dtype), w, rotary, masks, config)
+    x = x + F.linear(y, w["out"], w["out_bias"])
+    return x + _experts(_norm(x, w["post_norm"], config, dtype), w, config)
+
+
+def _norm(x: Tensor, weight: Tensor, config: EncoderConfig, dtype: torch.dtype) -> Tensor:
+    return F.rms_norm(x, x.shape[-1:], weight, config.rms_norm_eps).to(dtype)
+
+
+def _attention(
+    y: Tensor, w: dict[str, Tensor], rotary: Tensor, masks: tuple[Tensor, Tensor], config: EncoderConfig
+) -> Tensor:
+    """y [P + B S, H] -> [P + B S, heads D]: the prefix by itself, every tail after it."""
+    length, width = len(masks[0]), len(masks[1])
+    batch, dim = (len(y) - length) // width, config.head_dim
+    rows = [config.num_attention_heads * dim, *[config.num_key_value_heads * dim] * 2]
+    q, k, v = (
+        part.unflatten(-1, (-1, dim)) for part in F.linear(y, w["qkv"], w["qkv_bias"]).split(rows, dim=-1)
+    )
+    q, k = rotate_halves(q, rotary), rotate_halves(k, rotary)
+    before = [x[:length].unsqueeze(0) for x in (q, k, v)]
+    tails = [x[length:].unflatten(0, (batch, width)) for x in (q, k, v)]
+    keys, values = (
+        torch.cat([first.expand(batch, -1, -1, -1), own], dim=1)
+        for first, own in zip(before[1:], tails[1:], strict=True)
+    )
+    first = _sink_attention(before[0], before[1], before[2], masks[0], w["sinks"])
+    others = _sink_attention(tails[0], keys, values, masks[1], w["sinks"])
+    return torch.cat([first.flatten(0, 1), others.flatten(0, 1)])
+
+
+def _experts(y: Tensor, w: dict[str, Tensor], config: EncoderConfig) -> Tensor:
+    """y [T, H] -> [T, H]: every expert runs, those not chosen count nothing."""
+    logits = F.linear(y.float(), w["router"], w["router_bias"])
+    values, chosen = logits.topk(config.num_experts_per_tok, dim=-1)
+    routing = torch.zeros_like(logits).scatter(-1, chosen, values.softmax(-1)).to(y.dtype)
+    gate_up = F.linear(y, w["gate_up"].flatten(0, 1), w["gate_up_bias"].flatten())
+    gate_up = gate_up.unflatten(-1, (config.num_local_experts, -1))
+    hidden = clamped_swiglu(gate_up, config.swiglu_alpha, config.swiglu_limit)
+    weighted = (hidden * routing.unsqueeze(-1)).flatten(1)
+    return F.linear(weighted, w["down"].transpose(0, 1).flatten(1)) + routing @ w["down_bias"]
 
 
 def _sink_attention(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, sinks: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -40,28 +42,36 @@ def initialise(denoiser: LensDenoiser) -> None:
 
 
 class FlowStep:
-    """One step of encoder and denoiser together, for pictures of one size (h, w in tokens)."""
+    """A step of pictures of one size (h, w in tokens), of encoder and denoiser together or of the denoiser."""
 
     def __init__(
         self,
         encoder: TrainedEncoder,
         denoiser: LensDenoiser,
-        masters: Masters,
+        masters: Sequence[Masters],
         prefix: Tensor,
         grid: tuple[int, int],
-        copies: int = 2,
+        copies: int = 1,
     ) -> None:
-        """``copies``: noise levels that each picture is shown at in a step."""
+        """``masters`` of what learns; ``copies``: noise levels that each picture is shown at in a step."""
         self.encoder, self.denoiser, self.masters, self.prefix = encoder, denoiser, masters, prefix
         self.grid, self.copies, self.mu = grid, copies, training_mu(grid[0] * grid[1])
 
-    def __call__(self, latents: Tensor, tails: Tensor, real: Tensor) -> Tensor:
-        """Packed latents [B, C, h, w], ids and which are real [B, S] -> losses and gradient norm [3]."""
+    def together(self, latents: Tensor, real: Tensor, tails: Tensor) -> Tensor:
+        """Packed latents [B, C, h, w], ids and which are real [B, S] -> losses and gradients' norm [3]."""
         features, logits = self.encoder(self.prefix, tails)
         spoken = _language_loss(logits, tails, real)
+        return self._learn(self.flow_loss(latents, features, real), spoken)
+
+    def alone(self, latents: Tensor, real: Tensor, features: Tensor) -> Tensor:
+        """The same with features [B, S, L, H] of an encoder that learns no more."""
         flow = self.flow_loss(latents, features, real)
+        return self._learn(flow, torch.zeros_like(flow))
+
+    def _learn(self, flow: Tensor, spoken: Tensor) -> Tensor:
         (flow + _LANGUAGE * spoken).backward()
-        return torch.stack([flow.detach(), spoken.detach(), self.masters.step()])
+        norms = [masters.step() for masters in self.masters]
+        return torch.stack([flow.detach(), spoken.detach(), norms[-1]])
 
     def flow_loss(self, latents: Tensor, features: Tensor, real: Tensor) -> Tensor:
         """Mean squared error of the velocity from data to noise."""

@@ -1,171 +1,120 @@
-"""Trains encoder and denoiser together: ``python -m tools.nano.train --out RUN``, after ``train_vae``.
+"""Trains encoder and denoiser: ``python -m tools.nano.train --out RUN``, after ``train_vae``.
 
-An interrupted training goes on where its last checkpoint was. ``--minutes`` ends this run, not the training.
+First both together; then the encoder stays as it is, as GPT-OSS does for Lens, its features are kept with the
+pictures, and the denoiser goes on alone, several times as fast. An interrupted training goes on where its last
+checkpoint was. ``--minutes`` ends this run, not the training.
 """
 
 from __future__ import annotations
 
 import argparse
 import random
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from lens_core.config import LENS
-from lens_core.denoiser import LensDenoiser
-from lens_core.prompt.tokenizer import PromptTokenizer
-from lens_core.vae import LensVAE
-
-from .configs import DENOISER, VAE, encoder_config
-from .encoder import TrainedEncoder
-from .export import export
-from .feed import Batch, batches
-from .flow import NAMES, FlowStep, initialise
+from .feed import batches
+from .flow import NAMES, FlowStep
+from .models import Models, write
+from .pool import Pool
 from .scenes import SIZES, Size
-from .tokenizer import train_tokenizer
-from .train_vae import pictures
 from .training import Clock, Curves, Masters, Recorded, rate_at, save_checkpoint
 
-# Pictures that are drawn together, and the steps between two such batches.
+# Pictures that are drawn together.
 _NEW = 256
-_RENEW = 8
 
 
-class Models:
-    """What is trained, and the frozen VAE and tokenizer before it, on one device."""
+class Training:
+    """A run's state: what learns, from which pictures, and at which step it is."""
 
-    def __init__(self, run: Path, device: torch.device) -> None:
-        tokenizer = run / "tokenizer.json"
-        if not tokenizer.exists():
-            tokenizer.write_text(train_tokenizer().to_str(), encoding="utf-8")
-        self.tokenizer_json = tokenizer.read_text(encoding="utf-8")
-        self.tokenizer = PromptTokenizer.from_json(self.tokenizer_json)
-        self.device = device
-        self.prefix = torch.tensor(self.tokenizer.prefix, device=device)
-        self.vae = LensVAE(VAE)
-        self.vae.model.load_state_dict(torch.load(run / "vae.pt", map_location="cpu"))
-        self.vae.to(device, torch.bfloat16).requires_grad_(False)
-        vocabulary = self.tokenizer.tokenizer.get_vocab_size()
-        self.encoder = TrainedEncoder(encoder_config(vocabulary)).to(device)
-        self.denoiser = LensDenoiser(DENOISER)
-        initialise(self.denoiser)
-        self.denoiser.to(device, torch.bfloat16)
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.step = args, 0
+        self.models = Models(args.out, torch.device(args.device))
+        self.encoder = Masters(self.models.encoder.parameters(), average_over=1000)
+        self.denoiser = Masters(self.models.denoiser.parameters(), average_over=2000)
+        self.path, self.curves = args.out / "train_resume.pt", Curves(args.out / "train.json")
+        if self.path.exists():
+            kept = torch.load(self.path, map_location=args.device)
+            self.step = kept["step"]
+            self.encoder.load(kept["encoder"])
+            self.denoiser.load(kept["denoiser"])
+        torch.manual_seed(args.seed + self.step)
+        self.feed = batches(self.models.tokenizer_json, _NEW, args.workers, args.seed + self.step)
 
-    def parameters(self) -> list[torch.nn.Parameter]:
-        return [*self.encoder.parameters(), *self.denoiser.parameters()]
+    def together(self, clock: Clock) -> None:
+        """Both learn, for the first ``joint`` steps."""
+        self._run(clock, self.args.joint, (self.encoder, self.denoiser), self.args.renew, copies=2)
 
-    @torch.no_grad()
-    def latents(self, images: Tensor) -> Tensor:
-        """Packed and normalised, [B, C, h, w]."""
-        return self.vae.encode(images.to(torch.bfloat16))
+    def alone(self, clock: Clock) -> None:
+        """The denoiser learns, to the end."""
+        self.encoder.show(self.encoder.average)
+        self._run(clock, self.args.steps, (self.denoiser,), 4 * self.args.renew, copies=1)
 
+    def _run(self, clock: Clock, end: int, masters: tuple[Masters, ...], renew: int, copies: int) -> None:
+        if self.step >= end or clock.over():
+            return
+        args, models, joint = self.args, self.models, len(masters) == 2
+        pool, rng = (
+            Pool(models, self.feed, args.pool, features=not joint),
+            random.Random(args.seed + self.step),
+        )
 
-class Pool:
-    """Pictures as latents, and their captions' tokens, on the device and by size.
+        def recorded(size: Size) -> Recorded:
+            grid = (size[0] // 16, size[1] // 16)
+            step = FlowStep(models.encoder, models.denoiser, masters, models.prefix, grid, copies)
+            return Recorded(step.together if joint else step.alone)
 
-    Drawing and encoding a picture takes as long as learning from it: each is used several times, at other
-    noise levels, until newer ones take its place.
-    """
+        steps = {size: recorded(size) for size in SIZES}
+        while self.step < end and clock.share(self.step, args.steps) < 1 and not clock.over():
+            for learning in masters:
+                learning.rate.fill_(rate_at(self.step, clock.share(self.step, args.steps), args.rate))
+            size = rng.choice(SIZES)
+            self.curves.add(self.step, NAMES, steps[size](*pool.draw(size, args.batch // copies)))
+            self.step += 1
+            if self.step % renew == 0:
+                pool.add()
+            if self.step % args.keep == 0:
+                self.save()
 
-    def __init__(self, models: Models, feed: Iterator[Batch], room: int) -> None:
-        """``room``: pictures of each size; it is filled at once."""
-        self.models, self.feed, self.room = models, feed, room
-        self._kept: dict[Size, tuple[Tensor, Tensor, Tensor]] = {}
-        self._count = dict.fromkeys(SIZES, 0)
-        while min(self._count.values()) < room:
-            self.add()
+    def save(self) -> None:
+        """A checkpoint and the curves."""
+        states = {"encoder": self.encoder.state(), "denoiser": self.denoiser.state()}
+        save_checkpoint(self.path, {**states, "step": self.step})
+        self.curves.save()
 
-    def add(self) -> None:
-        """A new batch in place of the oldest of its size."""
-        batch = next(self.feed)
-        device = self.models.device
-        new = (self.models.latents(pictures(batch, device)), batch.tails.to(device), batch.real.to(device))
-        if batch.size not in self._kept:
-            shapes = [(self.room, *part.shape[1:]) for part in new]
-            self._kept[batch.size] = tuple(  # type: ignore[assignment]
-                part.new_zeros(shape) for part, shape in zip(new, shapes, strict=True)
-            )
-        start = self._count[batch.size] % self.room
-        for kept, part in zip(self._kept[batch.size], new, strict=True):
-            kept[start : start + len(part)] = part[: self.room - start]
-        self._count[batch.size] += len(new[0])
-
-    def draw(self, size: Size, count: int) -> tuple[Tensor, ...]:
-        """Latents [B, C, h, w], ids and which are real [B, S], of ``count`` pictures by chance."""
-        rows = torch.randint(self.room, (count,), device=self.models.device)
-        return tuple(part[rows] for part in self._kept[size])
+    def finish(self) -> None:
+        """Checkpoint, the averaged weights, and the folder in diffusers' layout."""
+        self.save()
+        models = self.models
+        self.encoder.show(self.encoder.average)
+        self.denoiser.show(self.denoiser.average)
+        weights = {"encoder": models.encoder.state_dict(), "denoiser": models.denoiser.state_dict()}
+        save_checkpoint(self.args.out / "trained.pt", weights)
+        write(self.args.out / "lens", models)
 
 
 def train(args: argparse.Namespace) -> bool:
-    """Train for so many minutes at most; True once all steps are done and ``lens/`` is exported."""
-    torch.manual_seed(args.seed)
-    device = torch.device(args.device)
-    models = Models(args.out, device)
-    masters = Masters(models.parameters(), average_over=2000)
-    curves, path, first = Curves(args.out / "train.json"), args.out / "train_resume.pt", 0
-    if path.exists():
-        kept = torch.load(path, map_location=device)
-        masters.load(kept["masters"])
-        first = kept["step"]
-        torch.manual_seed(args.seed + first)
-    steps = {
-        size: Recorded(
-            FlowStep(models.encoder, models.denoiser, masters, models.prefix, (size[0] // 16, size[1] // 16))
-        )
-        for size in SIZES
-    }
-    feed = batches(models.tokenizer_json, _NEW, args.workers, args.seed + first)
-    pool, rng = Pool(models, feed, args.pool), random.Random(args.seed + first)
-    clock, index = Clock(args.minutes, args.finish), first
-    while clock.share(index, args.steps) < 1 and not clock.over():
-        masters.rate.fill_(rate_at(index, clock.share(index, args.steps), args.rate))
-        size = rng.choice(SIZES)
-        curves.add(index, NAMES, steps[size](*pool.draw(size, args.batch)))
-        if index % _RENEW == 0:
-            pool.add()
-        index += 1
-        if index % args.keep == 0:
-            save_checkpoint(path, {"masters": masters.state(), "step": index})
-            curves.save()
-    save_checkpoint(path, {"masters": masters.state(), "step": index})
-    curves.save()
-    masters.show(masters.average)
-    trained = {"encoder": models.encoder.state_dict(), "denoiser": models.denoiser.state_dict()}
-    save_checkpoint(args.out / "trained.pt", trained)
-    write(args.out / "lens", models)
-    return clock.share(index, args.steps) >= 1
-
-
-def write(folder: Path, models: Models) -> None:
-    """The folder in diffusers' layout, with the weights as they are now."""
-    clear(folder)
-    encoder, denoiser, vae = (
-        {name: value.detach().cpu() for name, value in state.items()}
-        for state in (models.encoder.state(), models.denoiser.state_dict(), models.vae.model.state_dict())
-    )
-    export(folder, denoiser, encoder, vae, models.tokenizer_json, LENS)
-
-
-def clear(folder: Path) -> None:
-    """Remove what an earlier run exported."""
-    if folder.exists():
-        shutil.rmtree(folder)
+    """Train for so many minutes at most; whether all steps are done."""
+    training, clock = Training(args), Clock(args.minutes, args.finish)
+    training.together(clock)
+    training.alone(clock)
+    training.finish()
+    return clock.share(training.step, args.steps) >= 1
 
 
 def main() -> None:
     """Read the flags and train."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder of the run, with vae.pt")
-    parser.add_argument("--steps", type=int, default=40_000)
+    parser.add_argument("--steps", type=int, default=60_000)
+    parser.add_argument("--joint", type=int, default=8000, help="of these, with the encoder")
     parser.add_argument("--minutes", type=float, default=1e9, help="of this run")
     parser.add_argument("--finish", action="store_true", help="the training ends when the minutes do")
-    parser.add_argument("--batch", type=int, default=128, help="pictures a step, each at two noise levels")
+    parser.add_argument("--batch", type=int, default=256, help="noised pictures a step")
     parser.add_argument("--rate", type=float, default=1.5e-3)
     parser.add_argument("--keep", type=int, default=5000, help="steps between checkpoints")
     parser.add_argument("--pool", type=int, default=8192, help="pictures of each size that are kept")
+    parser.add_argument("--renew", type=int, default=8, help="steps between new pictures; alone, four times")
     parser.add_argument("--workers", type=int, default=12)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

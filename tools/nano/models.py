@@ -1,0 +1,62 @@
+"""The models of a run, and their export."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lens_core.config import LENS
+from lens_core.prompt.tokenizer import PromptTokenizer
+from lens_core.vae import LensVAE
+
+from .configs import DENOISER, VAE, encoder_config
+from .denoiser import TrainedDenoiser
+from .encoder import TrainedEncoder
+from .export import export
+from .flow import initialise
+from .tokenizer import train_tokenizer
+
+
+class Models:
+    """What is trained, and the frozen VAE and tokenizer before it, on one device."""
+
+    def __init__(self, run: Path, device: torch.device) -> None:
+        tokenizer = run / "tokenizer.json"
+        if not tokenizer.exists():
+            tokenizer.write_text(train_tokenizer().to_str(), encoding="utf-8")
+        self.tokenizer_json = tokenizer.read_text(encoding="utf-8")
+        self.tokenizer = PromptTokenizer.from_json(self.tokenizer_json)
+        self.device = device
+        self.prefix = torch.tensor(self.tokenizer.prefix, device=device)
+        self.vae = LensVAE(VAE)
+        self.vae.model.load_state_dict(torch.load(run / "vae.pt", map_location="cpu"))
+        self.vae.to(device, torch.bfloat16).requires_grad_(False)
+        vocabulary = self.tokenizer.tokenizer.get_vocab_size()
+        self.encoder = TrainedEncoder(encoder_config(vocabulary)).to(device)
+        self.denoiser = TrainedDenoiser(DENOISER)
+        initialise(self.denoiser)
+        self.denoiser.to(device, torch.bfloat16)
+
+    @torch.no_grad()
+    def latents(self, images: Tensor) -> Tensor:
+        """Packed and normalised, [B, C, h, w]."""
+        return self.vae.encode(images.to(torch.bfloat16))
+
+
+def write(folder: Path, models: Models) -> None:
+    """The folder in diffusers' layout, with the weights as they are now."""
+    clear(folder)
+    encoder, denoiser, vae = (
+        {name: value.detach().cpu() for name, value in state.items()}
+        for state in (models.encoder.state(), models.denoiser.state_dict(), models.vae.model.state_dict())
+    )
+    export(folder, denoiser, encoder, vae, models.tokenizer_json, LENS)
+
+
+def clear(folder: Path) -> None:
+    """Remove what an earlier run exported."""
+    if folder.exists():
+        shutil.rmtree(folder)
