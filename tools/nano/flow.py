@@ -42,7 +42,7 @@ def initialise(denoiser: LensDenoiser) -> None:
 
 
 class FlowStep:
-    """A step of pictures of one size (h, w in tokens), of encoder and denoiser together or of the denoiser."""
+    """A step for pictures of one size (h, w in tokens): of encoder and denoiser, or of the denoiser alone."""
 
     def __init__(
         self,

@@ -1,8 +1,8 @@
 """Trains encoder and denoiser: ``python -m tools.nano.train --out RUN``, after ``train_vae``.
 
 First both together; then the encoder stays as it is, as GPT-OSS does for Lens, its features are kept with the
-pictures, and the denoiser goes on alone, several times as fast. An interrupted training goes on where its last
-checkpoint was. ``--minutes`` ends this run, not the training.
+pictures, and the denoiser goes on alone, several times as fast. An interrupted training goes on where its
+last checkpoint was. ``--minutes`` ends this run, not the training.
 """
 
 from __future__ import annotations
