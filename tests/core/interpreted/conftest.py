@@ -36,6 +36,23 @@ def _poisoned_memory(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(Tensor, "new_empty", poisoned(Tensor.new_empty))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _language_searched_once():
+    """The interpreter puts its own functions into ``triton.language`` when a kernel starts, and once more at
+    each call of a function within one: there only Triton's own functions, which see ``triton.language.core``,
+    find any left to put in, and only the first time. The search is a third of all time."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    def call(self: interpreter.InterpretedFunction, *args: object, **kwargs: object) -> object:
+        return self.rewrite()(*args, **kwargs)
+
+    interpreter._patch_lang(tl.sum.fn)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter.InterpretedFunction, "__call__", call)
+        yield
+
+
 class Fences:
     """Tensors between marked memory. The marks are NaNs of 63 kinds: what is read there shows in a result,
     and what is written there shows in them."""
