@@ -1,5 +1,5 @@
 """Triton's interpreter must be chosen before Triton is imported, so these tests need a process of their own:
-``tests/core/test_triton_kernels.py`` starts one per file. By hand:
+``tests/core/test_triton_kernels.py`` starts one. By hand:
 ``TRITON_INTERPRET=1 pytest tests/core/interpreted``."""
 
 from __future__ import annotations
