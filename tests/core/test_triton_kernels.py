@@ -1,4 +1,4 @@
-"""The Triton kernels in Triton's interpreter, each file of ``interpreted/`` in a process of its own."""
+"""The Triton kernels in Triton's interpreter: ``interpreted/`` in a process of its own."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
+FOLDER = Path(__file__).with_name("interpreted")
+DENOISER = {"test_block", "test_block_scales", "test_joint_attention", "test_linear", "test_linear_products"}
+ENCODER = {"test_attention", "test_encoder", "test_experts", "test_small"}
+FILES = {*DENOISER, *ENCODER, "test_strips"}
 
-FILES = sorted(Path(__file__).with_name("interpreted").glob("test_*.py"))
 
-
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_interpreted(file: Path):
-    command = [sys.executable, "-m", "pytest", str(file), "-q", "-p", "no:cacheprovider"]
+def test_interpreted():
+    # One process: to import PyTorch and diffusers for each file would take as long as its tests.
+    command = [sys.executable, "-m", "pytest", str(FOLDER), "-q", "-p", "no:cacheprovider"]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     environment = {name: value for name, value in environment.items() if not name.startswith("PYTEST_")}
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
@@ -23,13 +24,5 @@ def test_interpreted(file: Path):
     print(run.stdout.strip().splitlines()[-1])
 
 
-def test_there_are_files_to_interpret():
-    denoiser = {
-        "test_block",
-        "test_block_scales",
-        "test_joint_attention",
-        "test_linear",
-        "test_linear_products",
-    }
-    encoder = {"test_attention", "test_encoder", "test_experts", "test_small"}
-    assert {file.stem for file in FILES} == encoder | denoiser | {"test_strips"}
+def test_all_files_are_there_to_interpret():
+    assert {file.stem for file in FOLDER.glob("test_*.py")} == FILES

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import sys
 import weakref
@@ -82,6 +83,8 @@ def host(tiny_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Host:
     link.symlink_to(PACK)
     loaded = asyncio.run(_load(nodes, link))
     assert loaded, "ComfyUI could not load the pack; see the log"
+    gc.collect()
+    gc.freeze()  # ComfyUI's modules stay too: see tests/conftest.py
     return Host(nodes.NODE_CLASS_MAPPINGS, str(link).replace(".", "_x_"))
 
 

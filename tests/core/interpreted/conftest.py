@@ -1,5 +1,5 @@
 """Triton's interpreter must be chosen before Triton is imported, so these tests need a process of their own:
-``tests/core/test_triton_kernels.py`` starts one per file. By hand:
+``tests/core/test_triton_kernels.py`` starts one. By hand:
 ``TRITON_INTERPRET=1 pytest tests/core/interpreted``."""
 
 from __future__ import annotations
@@ -34,6 +34,23 @@ def _poisoned_memory(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
     monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
     monkeypatch.setattr(Tensor, "new_empty", poisoned(Tensor.new_empty))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _language_searched_once():
+    """The interpreter puts its own functions into ``triton.language`` when a kernel starts, and once more at
+    each call of a function within one: there only Triton's own functions, which see ``triton.language.core``,
+    find any left to put in, and only the first time. The search is a third of all time."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    def call(self: interpreter.InterpretedFunction, *args: object, **kwargs: object) -> object:
+        return self.rewrite()(*args, **kwargs)
+
+    interpreter._patch_lang(tl.sum.fn)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter.InterpretedFunction, "__call__", call)
+        yield
 
 
 class Fences:
