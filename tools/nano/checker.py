@@ -1,0 +1,301 @@
+"""Reads a picture back by plain image analysis: background, shapes with colours and places, the word.
+
+``read`` knows the palette, the shapes and the fonts, not what was asked for; ``judge`` compares what was read
+with a scene. A drawn picture is a little soft and noisy: a background is fitted to the picture's margin, what
+is far from it belongs to the nearest pixel that is surely of one colour, and silhouettes are compared whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy
+from scipy import ndimage
+
+from .glyphs import FONTS
+from .outlines import Likeness, compare
+from .scenes import COLOURS, SMALL_BELOW, Background, Group, Scene
+
+Picture = numpy.ndarray
+# Where no shape is.
+_MARGIN = 6
+# CIELAB distances: the palette's nearest two are 35 apart, a texture's marks at most 16 from their ground.
+_FAR = 21.0
+# A fade's ends are further apart than this.
+_FADES = 25.0
+# Fewer pixels are a speck; a letter's thinnest is 290, a small triangle 500.
+_SPECK = 130
+# In cap heights.
+_LETTER_GAP = 0.75
+
+
+@dataclass(frozen=True)
+class Found:
+    """A shape: its centre and the longer side of its bounds, in pixels."""
+
+    colour: str
+    shape: str
+    x: float
+    y: float
+    across: float
+
+
+@dataclass(frozen=True)
+class Line:
+    """A word or number and its centre."""
+
+    text: str
+    font: str
+    colour: str
+    x: float
+    y: float
+
+
+@dataclass(frozen=True)
+class Reading:
+    """All that a picture shows; ``background`` without its texture."""
+
+    background: Background
+    shapes: tuple[Found, ...]
+    line: Line | None
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Connected pixels of one colour: bounds (left, top, right, bottom) and what they look like."""
+
+    colour: str
+    left: float
+    top: float
+    right: float
+    bottom: float
+    likeness: Likeness
+
+    @property
+    def height(self) -> float:
+        return self.bottom - self.top
+
+    @property
+    def centre(self) -> tuple[float, float]:
+        return (self.left + self.right) / 2, (self.top + self.bottom) / 2
+
+
+def read(picture: Picture) -> Reading:
+    """What a picture, bytes [H, W, 3], shows."""
+    rgb = ndimage.median_filter(picture, size=(3, 3, 1)).astype(numpy.float64)
+    ground = _fitted_ground(rgb)
+    pieces = _pieces(rgb, ground)
+    letters = _line_of_letters(pieces)
+    shapes = [_shape(piece) for piece in pieces if piece not in letters]
+    return Reading(_background(ground), tuple(shapes), _line(letters))
+
+
+def judge(scene: Scene, picture: Picture) -> dict[str, bool]:
+    """Whether a picture, bytes [H, W, 3], shows what a scene states: ``background``, ``colour`` and, of
+    groups, ``shape``, ``count``, ``size``, of words ``text``, all of the main part; with two parts
+    ``relation``."""
+    reading = read(picture)
+    drawn, wanted = reading.background, scene.background
+    same_way = wanted.second is None or drawn.downwards == wanted.downwards
+    result = {"background": same_way and (drawn.colour, drawn.second) == (wanted.colour, wanted.second)}
+    main, other = _assigned(scene, reading.shapes)
+    if isinstance(scene.main, Group):
+        result |= _judge_group(scene.main, main)
+        places = [(one.x, one.y) for one in main]
+    else:
+        line = reading.line
+        result["text"] = line is not None and line.text == scene.main.text
+        result["colour"] = line is not None and line.colour == scene.main.colour
+        places = [] if line is None else [(line.x, line.y)]
+    if scene.relation is not None:
+        result["relation"] = _stands(scene.relation, places, [(one.x, one.y) for one in other])
+    return result
+
+
+def _judge_group(wanted: Group, found: Sequence[Found]) -> dict[str, bool]:
+    """Colour, shape and size hold if they do for most of the group."""
+
+    def most(right: Sequence[bool]) -> bool:
+        return 2 * sum(right) > len(right)
+
+    return {
+        "colour": most([one.colour == wanted.colour for one in found]),
+        "shape": most([one.shape == wanted.shape for one in found]),
+        "size": most([(one.across < SMALL_BELOW) == (wanted.size == "small") for one in found]),
+        "count": len(found) == wanted.count,
+    }
+
+
+def _assigned(scene: Scene, shapes: Sequence[Found]) -> tuple[list[Found], list[Found]]:
+    """The shapes found, as the main part's and the other's: by colour, then shape; a stranger is main's."""
+    if scene.other is None:
+        return list(shapes), []
+    if not isinstance(scene.main, Group):
+        return [], list(shapes)
+    groups: tuple[list[Found], list[Found]] = ([], [])
+    for one in shapes:
+        fits = [2 * (one.colour == part.colour) + (one.shape == part.shape) for part in (scene.main, scene.other)]
+        groups[fits[1] > fits[0]].append(one)
+    return groups
+
+
+def _stands(relation: str, main: Sequence[tuple[float, float]], other: Sequence[tuple[float, float]]) -> bool:
+    """Whether everything of main stands so to everything of other."""
+    axis = 0 if relation in ("left of", "right of") else 1
+    first, second = [place[axis] for place in main], [place[axis] for place in other]
+    if relation in ("right of", "below"):
+        first, second = second, first
+    return bool(first) and bool(second) and max(first) < min(second)
+
+
+def _fitted_ground(rgb: Picture) -> Picture:
+    """The background [H, W, 3] without its texture: a plane through the margin's pixels, strays left out."""
+    height, width, _ = rgb.shape
+    y, x = numpy.mgrid[:height, :width] / numpy.array([height, width])[:, None, None]
+    design = numpy.stack([numpy.ones_like(x), x, y], axis=-1)
+    inside = numpy.zeros((height, width), bool)
+    inside[_MARGIN:-_MARGIN, _MARGIN:-_MARGIN] = True
+    rows, values = design[~inside], rgb[~inside]
+    kept = numpy.ones(len(rows), bool)
+    for _ in range(4):
+        plane, *_ = numpy.linalg.lstsq(rows[kept], values[kept], rcond=None)
+        error = numpy.linalg.norm(values - rows @ plane, axis=-1)
+        kept = error <= max(30.0, 2.5 * float(numpy.median(error)))
+    return (design @ plane).clip(0, 255)
+
+
+def _background(ground: Picture) -> Background:
+    """Its colour, or the two that it fades between."""
+    ends = [ground[:, :1], ground[:, -1:], ground[:1], ground[-1:]]
+    left, right, top, bottom = (lab(end.reshape(-1, 3).mean(0)) for end in ends)
+    across, down = numpy.linalg.norm(right - left), numpy.linalg.norm(bottom - top)
+    first, second = (top, bottom) if down > across else (left, right)
+    names = nearest_colour(first), nearest_colour(second)
+    if max(across, down) < _FADES or names[0] == names[1]:
+        return Background(nearest_colour(lab(ground.reshape(-1, 3).mean(0))))
+    return Background(names[0], second=names[1], downwards=bool(down > across))
+
+
+def _pieces(rgb: Picture, ground: Picture) -> list[_Piece]:
+    """Everything that is not background."""
+    colours, back = lab(rgb), lab(ground)
+    distances = numpy.linalg.norm(colours[:, :, None] - _palette(), axis=-1)
+    strange = numpy.linalg.norm(colours - back, axis=-1) > _FAR
+    nearest = numpy.where(strange, distances.argmin(-1), -1)
+    # Edges are of colours in between: a pixel is sure if all around it are of its colour.
+    sure = ndimage.minimum_filter(nearest, 3) == ndimage.maximum_filter(nearest, 3)
+    sure &= strange
+    if not sure.any():
+        return []
+    at = ndimage.distance_transform_edt(~sure, return_distances=False, return_indices=True)
+    nearest = nearest[tuple(at)]
+    # Of what surrounds it, an edge's pixel is whichever it is nearer to.
+    covered = _share(rgb, ground, rgb[tuple(at)]) > 0.5
+    found = []
+    for index, name in enumerate(COLOURS):
+        found += _pieces_of(name, covered & strange & (nearest == index))
+    return found
+
+
+def _share(rgb: Picture, ground: Picture, full: Picture) -> numpy.ndarray:
+    """How far each pixel is on the way from the background to its shape's colour, [H, W]."""
+    way = full - ground
+    return ((rgb - ground) * way).sum(-1) / numpy.maximum((way * way).sum(-1), 1.0)
+
+
+def _pieces_of(colour: str, mask: numpy.ndarray) -> list[_Piece]:
+    """Connected parts; one within another's bounds (a zero's dot) belongs to that."""
+    labels, _ = ndimage.label(mask, numpy.ones((3, 3)))
+    bounds = ndimage.find_objects(labels)
+    areas = ndimage.sum_labels(mask, labels, range(1, len(bounds) + 1))
+    pieces = []
+    for index, (rows, columns) in enumerate(bounds):
+        if areas[index] < _SPECK or any(_within((rows, columns), each) for each in bounds):
+            continue
+        cut = mask[rows, columns]
+        pieces.append(_Piece(colour, columns.start, rows.start, columns.stop, rows.stop, compare(cut)))
+    return pieces
+
+
+def _within(inner: tuple[slice, slice], outer: tuple[slice, slice]) -> bool:
+    """Whether bounds lie in other, larger bounds."""
+    return inner != outer and all(a.start >= b.start and a.stop <= b.stop for a, b in zip(inner, outer, strict=True))
+
+
+def _line_of_letters(pieces: Sequence[_Piece]) -> list[_Piece]:
+    """The longest run of letters of one colour, left to right; empty if there is none."""
+    runs: list[list[_Piece]] = []
+    for piece in sorted(pieces, key=lambda piece: piece.left):
+        if piece.likeness.lettering <= 0:
+            continue
+        run = next((run for run in runs if _continues(run[-1], piece)), None)
+        if run is None:
+            runs.append([piece])
+        else:
+            run.append(piece)
+    return max(runs, key=len, default=[])
+
+
+def _continues(before: _Piece, piece: _Piece) -> bool:
+    height = max(before.height, piece.height)
+    return (
+        piece.colour == before.colour
+        and piece.left - before.right < _LETTER_GAP * height
+        and abs(piece.top - before.top) < 0.3 * height
+        and min(before.height, piece.height) > 0.6 * height
+    )
+
+
+def _line(letters: Sequence[_Piece]) -> Line | None:
+    """The likeliest text in one font, all letters or all digits."""
+    if not letters:
+        return None
+    spelt = [
+        _spelt([letter.likeness.glyphs[font] for letter in letters], digits, font)
+        for font in FONTS
+        for digits in (False, True)
+    ]
+    _, text, font = max(spelt)
+    x = (letters[0].left + letters[-1].right) / 2
+    y = sum(letter.centre[1] for letter in letters) / len(letters)
+    return Line(text, font, letters[0].colour, x, y)
+
+
+def _spelt(glyphs: Sequence[dict[str, float]], digits: bool, font: str) -> tuple[float, str, str]:
+    """How alike, the text, and the font."""
+    total, text = 0.0, ""
+    for each in glyphs:
+        allowed = {glyph: value for glyph, value in each.items() if glyph.isdigit() == digits}
+        best = max(allowed, key=allowed.__getitem__)
+        total, text = total + allowed[best], text + best
+    return total, text, font
+
+
+def _shape(piece: _Piece) -> Found:
+    x, y = piece.centre
+    return Found(piece.colour, piece.likeness.shape, x, y, max(piece.right - piece.left, piece.height))
+
+
+def nearest_colour(colour: numpy.ndarray) -> str:
+    """The palette's nearest to a colour in CIELAB."""
+    return tuple(COLOURS)[int(numpy.linalg.norm(_palette() - colour, axis=-1).argmin())]
+
+
+def _palette() -> numpy.ndarray:
+    return lab(numpy.array(list(COLOURS.values()), float))
+
+
+def lab(rgb: numpy.ndarray) -> numpy.ndarray:
+    """sRGB in 0..255 -> CIELAB (D65), [..., 3]: distances are about what is seen."""
+    value = rgb / 255
+    linear = numpy.where(value <= 0.04045, value / 12.92, ((value + 0.055) / 1.055) ** 2.4)
+    xyz = linear @ _TO_XYZ.T / _TO_XYZ.sum(1)
+    root = numpy.where(xyz > 216 / 24389, numpy.cbrt(xyz), (24389 / 27 * xyz + 16) / 116)
+    x, y, z = numpy.moveaxis(root, -1, 0)
+    return numpy.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], axis=-1)
+
+
+_TO_XYZ = numpy.array(
+    [[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750], [0.0193339, 0.1191920, 0.9503041]]
+)
