@@ -7,14 +7,16 @@ is far from it belongs to the nearest pixel that is surely of one colour, and si
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy
 from scipy import ndimage
 
 from .glyphs import FONTS
-from .outlines import Likeness, compare
+from .outlines import Likeness, compare, coverage
 from .scenes import COLOURS, SMALL_BELOW, Background, Group, Scene
 
 Picture = numpy.ndarray
@@ -22,6 +24,10 @@ Picture = numpy.ndarray
 _MARGIN = 6
 # CIELAB distances: the palette's nearest two are 35 apart, a texture's marks at most 16 from their ground.
 _FAR = 21.0
+# Steps of a byte within 3 x 3 pixels; more is an edge.
+_STEEP = 40.0
+# Of a silhouette's most frequent colour.
+_RARE = 0.2
 # A fade's ends are further apart than this.
 _FADES = 25.0
 # Fewer pixels are a speck; a letter's thinnest is 290, a small triangle 500.
@@ -32,7 +38,7 @@ _LETTER_GAP = 0.75
 
 @dataclass(frozen=True)
 class Found:
-    """A shape: its centre and the longer side of its bounds, in pixels."""
+    """A shape: its centre and, by its area, its width, in pixels."""
 
     colour: str
     shape: str
@@ -63,13 +69,14 @@ class Reading:
 
 @dataclass(frozen=True)
 class _Piece:
-    """Connected pixels of one colour: bounds (left, top, right, bottom) and what they look like."""
+    """Connected pixels of one colour: bounds, area in pixels, and what they look like."""
 
     colour: str
     left: float
     top: float
     right: float
     bottom: float
+    area: float
     likeness: Likeness
 
     @property
@@ -83,7 +90,7 @@ class _Piece:
 
 def read(picture: Picture) -> Reading:
     """What a picture, bytes [H, W, 3], shows."""
-    rgb = ndimage.median_filter(picture, size=(3, 3, 1)).astype(numpy.float64)
+    rgb = ndimage.gaussian_filter(picture.astype(numpy.float64), (0.6, 0.6, 0))
     ground = _fitted_ground(rgb)
     pieces = _pieces(rgb, ground)
     letters = _line_of_letters(pieces)
@@ -135,7 +142,9 @@ def _assigned(scene: Scene, shapes: Sequence[Found]) -> tuple[list[Found], list[
         return [], list(shapes)
     groups: tuple[list[Found], list[Found]] = ([], [])
     for one in shapes:
-        fits = [2 * (one.colour == part.colour) + (one.shape == part.shape) for part in (scene.main, scene.other)]
+        fits = [
+            2 * (one.colour == part.colour) + (one.shape == part.shape) for part in (scene.main, scene.other)
+        ]
         groups[fits[1] > fits[0]].append(one)
     return groups
 
@@ -180,47 +189,63 @@ def _background(ground: Picture) -> Background:
 def _pieces(rgb: Picture, ground: Picture) -> list[_Piece]:
     """Everything that is not background."""
     colours, back = lab(rgb), lab(ground)
-    distances = numpy.linalg.norm(colours[:, :, None] - _palette(), axis=-1)
-    strange = numpy.linalg.norm(colours - back, axis=-1) > _FAR
-    nearest = numpy.where(strange, distances.argmin(-1), -1)
-    # Edges are of colours in between: a pixel is sure if all around it are of its colour.
-    sure = ndimage.minimum_filter(nearest, 3) == ndimage.maximum_filter(nearest, 3)
-    sure &= strange
+    nearest = _nearest(colours)
+    strange = (numpy.linalg.norm(colours - back, axis=-1) > _FAR) & (nearest != _nearest(back))
+    sure = strange & (_steepness(rgb) < _STEEP)
+    sure &= _common(nearest, strange, sure)
     if not sure.any():
         return []
-    at = ndimage.distance_transform_edt(~sure, return_distances=False, return_indices=True)
-    nearest = nearest[tuple(at)]
-    # Of what surrounds it, an edge's pixel is whichever it is nearer to.
-    covered = _share(rgb, ground, rgb[tuple(at)]) > 0.5
+    # An edge is of the colours in between: it belongs to the nearest pixel of a flat place, and as far as it
+    # has that colour.
+    at = tuple(ndimage.distance_transform_edt(~sure, return_distances=False, return_indices=True))
+    nearest, share = nearest[at], _share(rgb, ground, rgb[at])
     found = []
-    for index, name in enumerate(COLOURS):
-        found += _pieces_of(name, covered & strange & (nearest == index))
+    for index in numpy.unique(nearest):
+        found += _pieces_of(tuple(COLOURS)[index], numpy.where(nearest == index, share, 0))
     return found
 
 
+def _common(nearest: numpy.ndarray, strange: numpy.ndarray, sure: numpy.ndarray) -> numpy.ndarray:
+    """Where a pixel's colour is no rare one among the sure pixels connected with it: a letter's narrow hole,
+    half filled by blur, is of neither colour."""
+    labels, count = ndimage.label(strange)
+    votes = numpy.zeros((count + 1, len(COLOURS)))
+    numpy.add.at(votes, (labels[sure], nearest[sure]), 1)
+    common = votes >= _RARE * votes.max(axis=1, keepdims=True)
+    return common[labels, nearest]
+
+
+def _steepness(rgb: Picture) -> numpy.ndarray:
+    """How much the colour varies around each pixel, [H, W]."""
+    size = (3, 3, 1)
+    return (ndimage.maximum_filter(rgb, size) - ndimage.minimum_filter(rgb, size)).max(-1)
+
+
 def _share(rgb: Picture, ground: Picture, full: Picture) -> numpy.ndarray:
-    """How far each pixel is on the way from the background to its shape's colour, [H, W]."""
+    """How far each pixel is on the way from the background to its shape's colour, 0..1, [H, W]."""
     way = full - ground
-    return ((rgb - ground) * way).sum(-1) / numpy.maximum((way * way).sum(-1), 1.0)
+    return (((rgb - ground) * way).sum(-1) / numpy.maximum((way * way).sum(-1), 1.0)).clip(0, 1)
 
 
-def _pieces_of(colour: str, mask: numpy.ndarray) -> list[_Piece]:
-    """Connected parts; one within another's bounds (a zero's dot) belongs to that."""
-    labels, _ = ndimage.label(mask, numpy.ones((3, 3)))
+def _pieces_of(colour: str, cover: numpy.ndarray) -> list[_Piece]:
+    """Connected parts of cover [H, W]; one within another's bounds (a zero's dot) belongs to that."""
+    labels, count = ndimage.label(cover > 0.5, numpy.ones((3, 3)))
     bounds = ndimage.find_objects(labels)
-    areas = ndimage.sum_labels(mask, labels, range(1, len(bounds) + 1))
+    areas = ndimage.sum_labels(cover, labels, range(1, count + 1))
     pieces = []
-    for index, (rows, columns) in enumerate(bounds):
-        if areas[index] < _SPECK or any(_within((rows, columns), each) for each in bounds):
+    for area, (rows, columns) in zip(areas, bounds, strict=True):
+        if area < _SPECK or any(_within((rows, columns), each) for each in bounds):
             continue
-        cut = mask[rows, columns]
-        pieces.append(_Piece(colour, columns.start, rows.start, columns.stop, rows.stop, compare(cut)))
+        likeness = compare(cover[rows, columns])
+        pieces.append(_Piece(colour, columns.start, rows.start, columns.stop, rows.stop, area, likeness))
     return pieces
 
 
 def _within(inner: tuple[slice, slice], outer: tuple[slice, slice]) -> bool:
     """Whether bounds lie in other, larger bounds."""
-    return inner != outer and all(a.start >= b.start and a.stop <= b.stop for a, b in zip(inner, outer, strict=True))
+    return inner != outer and all(
+        a.start >= b.start and a.stop <= b.stop for a, b in zip(inner, outer, strict=True)
+    )
 
 
 def _line_of_letters(pieces: Sequence[_Piece]) -> list[_Piece]:
@@ -274,14 +299,23 @@ def _spelt(glyphs: Sequence[dict[str, float]], digits: bool, font: str) -> tuple
 
 def _shape(piece: _Piece) -> Found:
     x, y = piece.centre
-    return Found(piece.colour, piece.likeness.shape, x, y, max(piece.right - piece.left, piece.height))
+    shape = piece.likeness.shape
+    return Found(piece.colour, shape, x, y, math.sqrt(piece.area / coverage()[shape]))
 
 
 def nearest_colour(colour: numpy.ndarray) -> str:
     """The palette's nearest to a colour in CIELAB."""
-    return tuple(COLOURS)[int(numpy.linalg.norm(_palette() - colour, axis=-1).argmin())]
+    return tuple(COLOURS)[int(_nearest(colour))]
 
 
+def _nearest(colours: numpy.ndarray) -> numpy.ndarray:
+    """Numbers of the palette's nearest, [..., 3] -> [...]."""
+    palette = _palette()
+    # The colour's own square is the same for all.
+    return ((palette**2).sum(-1) - 2 * colours @ palette.T).argmin(-1)
+
+
+@cache
 def _palette() -> numpy.ndarray:
     return lab(numpy.array(list(COLOURS.values()), float))
 

@@ -1,6 +1,6 @@
 """Which shape or letter a silhouette is: the template it overlaps most.
 
-Templates are drawn here with Pillow's polygons and the fonts' bitmap, not by the code that draws the pictures.
+Templates are Pillow's polygons and the fonts' bitmap, not drawn by the code that draws the pictures.
 Silhouettes and templates are cut at their bounds and scaled, with their proportions, to SIDE pixels.
 """
 
@@ -15,7 +15,8 @@ from PIL import Image, ImageDraw
 
 from .glyphs import CELL_HEIGHT, CELL_WIDTH, FONTS, GLYPHS, atlas
 
-Mask = numpy.ndarray
+# How much of each pixel is covered, 0..1.
+Cover = numpy.ndarray
 SIDE = 32
 _CANVAS, _RADIUS = 256, 100.0
 _TURNS = (-6, -3, 0, 3, 6)
@@ -41,10 +42,10 @@ class Likeness:
         return max(max(font.values()) for font in self.glyphs.values()) - self.shapes[self.shape]
 
 
-def compare(mask: Mask) -> Likeness:
-    """A silhouette [H, W] of booleans with every template."""
+def compare(cover: Cover) -> Likeness:
+    """A silhouette [H, W], cut at its bounds, with every template."""
     names, templates = _templates()
-    silhouette = normalised(mask).ravel()
+    silhouette = normalised(cover).ravel()
     common = templates @ silhouette
     likeness = common / ((templates**2).sum(1) + (silhouette**2).sum() - common)
     shapes: dict[str, float] = {}
@@ -55,18 +56,28 @@ def compare(mask: Mask) -> Likeness:
     return Likeness(shapes, glyphs)
 
 
-def normalised(mask: Mask) -> numpy.ndarray:
-    """A mask [H, W] with something in it -> float32 [SIDE, SIDE] in 0..1."""
-    rows, columns = numpy.flatnonzero(mask.any(1)), numpy.flatnonzero(mask.any(0))
-    cut = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-    image = Image.fromarray((255 * cut).astype(numpy.uint8))
+@cache
+def coverage() -> dict[str, float]:
+    """Each shape's area where its width is 1."""
+    return {shape: float(_drawn(shape, 0).sum()) / (2 * _RADIUS) ** 2 for shape in _SHAPES}
+
+
+def normalised(cover: Cover) -> Cover:
+    """[H, W] -> float32 [SIDE, SIDE]."""
+    image = Image.fromarray(cover.astype(numpy.float32))
     scale = SIDE / max(image.size)
     width, height = (max(1, round(side * scale)) for side in image.size)
-    small = image.resize((width, height), Image.Resampling.BOX)
     result = numpy.zeros((SIDE, SIDE), numpy.float32)
     top, left = (SIDE - height) // 2, (SIDE - width) // 2
-    result[top : top + height, left : left + width] = numpy.asarray(small, numpy.float32) / 255
+    small = image.resize((width, height), Image.Resampling.BOX)
+    result[top : top + height, left : left + width] = numpy.asarray(small)
     return result
+
+
+def cut(cover: Cover) -> Cover:
+    """Without the empty rows and columns around."""
+    rows, columns = (numpy.flatnonzero((cover > 0.5).any(axis)) for axis in (1, 0))
+    return cover[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
 
 
 @cache
@@ -76,17 +87,17 @@ def _templates() -> tuple[list[tuple[str, str]], numpy.ndarray]:
     for shape in _SHAPES:
         for turn in (0,) if shape in ("circle", "ring") else _TURNS:
             names.append(("shape", shape))
-            found.append(normalised(_drawn(shape, turn)))
+            found.append(normalised(cut(_drawn(shape, turn))))
     cells = atlas().reshape(len(FONTS), CELL_HEIGHT, len(GLYPHS), CELL_WIDTH)
     for row, font in enumerate(FONTS):
         for column, glyph in enumerate(GLYPHS):
             names.append((font, glyph))
-            found.append(normalised(cells[row, :, column] > 127))
+            found.append(normalised(cut(cells[row, :, column] / 255)))
     return names, numpy.stack(found).reshape(len(found), -1)
 
 
-def _drawn(shape: str, turn: float) -> Mask:
-    """A shape's mask, turned by so many degrees."""
+def _drawn(shape: str, turn: float) -> Cover:
+    """A shape [H, W], turned by so many degrees."""
     image = Image.new("L", (_CANVAS, _CANVAS))
     pen, middle = ImageDraw.Draw(image), _CANVAS / 2
     if shape in ("circle", "ring"):
@@ -94,7 +105,7 @@ def _drawn(shape: str, turn: float) -> Mask:
         if shape == "ring":
             hole = 0.48 * _RADIUS
             pen.ellipse([middle - hole, middle - hole, middle + hole, middle + hole], fill=0)
-        return numpy.asarray(image) > 127
+        return numpy.asarray(image) / 255
     cosine, sine = math.cos(math.radians(turn)), math.sin(math.radians(turn))
     corners = [
         (
@@ -104,7 +115,7 @@ def _drawn(shape: str, turn: float) -> Mask:
         for x, y in _corners(shape)
     ]
     pen.polygon(corners, fill=255)
-    return numpy.asarray(image) > 127
+    return numpy.asarray(image) / 255
 
 
 def _corners(shape: str) -> list[tuple[float, float]]:

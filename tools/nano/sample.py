@@ -46,7 +46,11 @@ class Parts:
 
     @classmethod
     def load(
-        cls, folder: Path, device: torch.device, shared: Path | None = None, dtype: torch.dtype = torch.bfloat16
+        cls,
+        folder: Path,
+        device: torch.device,
+        shared: Path | None = None,
+        dtype: torch.dtype = torch.bfloat16,
     ) -> Parts:
         """The denoiser of ``folder``; encoder and VAE too, or those of ``shared`` (Turbo has none)."""
         rest = shared or folder
