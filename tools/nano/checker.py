@@ -24,6 +24,7 @@ Picture = numpy.ndarray
 _MARGIN = 6
 # CIELAB distances: the palette's nearest two are 35 apart, a texture's marks at most 16 from their ground.
 _FAR = 21.0
+_NEAR_RGB = 12.0
 # Steps of a byte within 3 x 3 pixels; more is an edge.
 _STEEP = 40.0
 # Of a silhouette's most frequent colour.
@@ -92,7 +93,7 @@ class _Piece:
 
 def read(picture: Picture) -> Reading:
     """What a picture, bytes [H, W, 3], shows."""
-    rgb = ndimage.gaussian_filter(picture.astype(numpy.float64), (0.6, 0.6, 0))
+    rgb = ndimage.gaussian_filter(picture.astype(numpy.float32), (0.6, 0.6, 0))
     ground = _fitted_ground(rgb)
     pieces = _pieces(rgb, ground)
     letters = _line_of_letters(pieces)
@@ -101,10 +102,13 @@ def read(picture: Picture) -> Reading:
 
 
 def judge(scene: Scene, picture: Picture) -> dict[str, bool]:
-    """Whether a picture, bytes [H, W, 3], shows what a scene states: ``background``, ``colour`` and, of
-    groups, ``shape``, ``count``, ``size``, of words ``text``, all of the main part; with two parts
-    ``relation``."""
-    reading = read(picture)
+    """Whether a picture, bytes [H, W, 3], shows what a scene states: see ``agreement``."""
+    return agreement(scene, read(picture))
+
+
+def agreement(scene: Scene, reading: Reading) -> dict[str, bool]:
+    """Whether a picture read shows a scene's ``background``, ``colour`` and, of groups, ``shape``, ``count``,
+    ``size``, of words ``text``, all of the main part; with two parts ``relation``."""
     drawn, wanted = reading.background, scene.background
     same_way = wanted.second is None or drawn.downwards == wanted.downwards
     result = {"background": same_way and (drawn.colour, drawn.second) == (wanted.colour, wanted.second)}
@@ -174,7 +178,7 @@ def _fitted_ground(rgb: Picture) -> Picture:
         plane, *_ = numpy.linalg.lstsq(rows[kept], values[kept], rcond=None)
         error = numpy.linalg.norm(values - rows @ plane, axis=-1)
         kept = error <= max(30.0, 2.5 * float(numpy.median(error)))
-    return (design @ plane).clip(0, 255)
+    return (design @ plane).clip(0, 255).astype(numpy.float32)
 
 
 def _background(ground: Picture) -> Background:
@@ -191,9 +195,12 @@ def _background(ground: Picture) -> Background:
 
 def _pieces(rgb: Picture, ground: Picture) -> list[_Piece]:
     """Everything that is not background."""
-    colours, back = lab(rgb), lab(ground)
-    nearest = _nearest(colours)
-    strange = (numpy.linalg.norm(colours - back, axis=-1) > _FAR) & (nearest != _nearest(back))
+    # What is near in RGB is near in CIELAB; that saves most pixels the conversion.
+    strange = ((rgb - ground) ** 2).sum(-1) > _NEAR_RGB**2
+    nearest = numpy.zeros(strange.shape, numpy.int64)
+    colours, back = lab(rgb[strange]), lab(ground[strange])
+    nearest[strange] = _nearest(colours)
+    strange[strange] = (((colours - back) ** 2).sum(-1) > _FAR**2) & (_nearest(colours) != _nearest(back))
     sure = strange & (_steepness(rgb) < _STEEP)
     sure &= _common(nearest, strange, sure)
     if not sure.any():
@@ -322,7 +329,7 @@ def _nearest(colours: numpy.ndarray) -> numpy.ndarray:
 
 @cache
 def _palette() -> numpy.ndarray:
-    return lab(numpy.array(list(COLOURS.values()), float))
+    return lab(numpy.array(list(COLOURS.values()), numpy.float32))
 
 
 def lab(rgb: numpy.ndarray) -> numpy.ndarray:
@@ -332,9 +339,10 @@ def lab(rgb: numpy.ndarray) -> numpy.ndarray:
     xyz = linear @ _TO_XYZ.T / _TO_XYZ.sum(1)
     root = numpy.where(xyz > 216 / 24389, numpy.cbrt(xyz), (24389 / 27 * xyz + 16) / 116)
     x, y, z = numpy.moveaxis(root, -1, 0)
-    return numpy.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], axis=-1)
+    return numpy.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], axis=-1).astype(numpy.float32)
 
 
 _TO_XYZ = numpy.array(
-    [[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750], [0.0193339, 0.1191920, 0.9503041]]
+    [[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750], [0.0193339, 0.1191920, 0.9503041]],
+    numpy.float32,
 )
