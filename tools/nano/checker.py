@@ -196,7 +196,7 @@ def _background(ground: Picture) -> Background:
 def _pieces(rgb: Picture, ground: Picture) -> list[_Piece]:
     """Everything that is not background."""
     # What is near in RGB is near in CIELAB; that saves most pixels the conversion.
-    strange = ((rgb - ground) ** 2).sum(-1) > _NEAR_RGB**2
+    strange = _dot(rgb - ground, rgb - ground) > _NEAR_RGB**2
     nearest = numpy.zeros(strange.shape, numpy.int64)
     colours, back = lab(rgb[strange]), lab(ground[strange])
     nearest[strange] = _nearest(colours)
@@ -228,13 +228,21 @@ def _common(nearest: numpy.ndarray, strange: numpy.ndarray, sure: numpy.ndarray)
 def _steepness(rgb: Picture) -> numpy.ndarray:
     """How much the colour varies around each pixel, [H, W]."""
     size = (3, 3, 1)
-    return (ndimage.maximum_filter(rgb, size) - ndimage.minimum_filter(rgb, size)).max(-1)
+    red, green, blue = numpy.moveaxis(
+        ndimage.maximum_filter(rgb, size) - ndimage.minimum_filter(rgb, size), -1, 0
+    )
+    return numpy.maximum(numpy.maximum(red, green), blue)
 
 
 def _share(rgb: Picture, ground: Picture, full: Picture) -> numpy.ndarray:
     """How far each pixel is on the way from the background to its shape's colour, 0..1, [H, W]."""
     way = full - ground
-    return (((rgb - ground) * way).sum(-1) / numpy.maximum((way * way).sum(-1), 1.0)).clip(0, 1)
+    return (_dot(rgb - ground, way) / numpy.maximum(_dot(way, way), 1.0)).clip(0, 1)
+
+
+def _dot(a: numpy.ndarray, b: numpy.ndarray) -> numpy.ndarray:
+    """[..., 3] and [..., 3] -> [...]."""
+    return numpy.einsum("...c,...c->...", a, b)
 
 
 def _pieces_of(colour: str, cover: numpy.ndarray) -> list[_Piece]:
