@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections import defaultdict
 from dataclasses import replace
 from functools import cache
 
@@ -14,7 +13,7 @@ from scipy import ndimage
 from lens_core.sampling.resolution import BUCKETS
 from lens_core.vae import to_uint8
 from tools.nano.captions import caption, plain_caption
-from tools.nano.checker import Reading, agreement, judge, read
+from tools.nano.checker import Reading, agreement, judge, read, shares
 from tools.nano.render import collate, render
 from tools.nano.scenes import (
     COLOURS,
@@ -61,15 +60,6 @@ def soft(clean: np.ndarray, seed: int) -> np.ndarray:
     """A little blurred and noisy, as a generative model's pictures."""
     noise = np.random.default_rng(seed).normal(0, 5, clean.shape)
     return (ndimage.gaussian_filter(clean.astype(float), (1, 1, 0)) + noise).clip(0, 255).astype(np.uint8)
-
-
-def shares(judged: list[dict[str, bool]]) -> dict[str, float]:
-    """How often each thing is right."""
-    found = defaultdict(list)
-    for one in judged:
-        for name, right in one.items():
-            found[name].append(right)
-    return {name: sum(each) / len(each) for name, each in found.items()}
 
 
 def test_the_checker_reads_what_was_drawn():

@@ -106,6 +106,15 @@ def judge(scene: Scene, picture: Picture) -> dict[str, bool]:
     return agreement(scene, read(picture))
 
 
+def shares(judged: Sequence[dict[str, bool]]) -> dict[str, float]:
+    """How often each thing is right, 0..1, where it is stated."""
+    found: dict[str, list[bool]] = {}
+    for one in judged:
+        for name, right in one.items():
+            found.setdefault(name, []).append(right)
+    return {name: sum(each) / len(each) for name, each in found.items()}
+
+
 def agreement(scene: Scene, reading: Reading) -> dict[str, bool]:
     """Whether a picture read shows a scene's ``background``, ``colour`` and, of groups, ``shape``, ``count``,
     ``size``, of words ``text``, all of the main part; with two parts ``relation``."""
