@@ -13,7 +13,7 @@ from scipy import ndimage
 from lens_core.sampling.resolution import BUCKETS
 from lens_core.vae import to_uint8
 from tools.nano.captions import caption, plain_caption
-from tools.nano.checker import Reading, agreement, judge, read, shares
+from tools.nano.checker import UNCLEAR, Reading, agreement, judge, read, shares
 from tools.nano.render import collate, render
 from tools.nano.scenes import (
     COLOURS,
@@ -129,6 +129,15 @@ def test_exchanged_colours_are_noticed():
 def test_an_empty_picture_shows_nothing():
     empty = read(np.full((*SIZES[0], 3), COLOURS["green"], np.uint8))
     assert (empty.background, empty.shapes, empty.line) == (Background("green"), (), None)
+
+
+def test_a_blot_is_no_shape():
+    """Nor does it count as the shape that it is likest."""
+    height, width = SIZES[4]
+    y, x = np.mgrid[:height, :width]
+    blot = (abs(x - 120) < 8) & (abs(y - 120) < 60) | (abs(x - 150) < 30) & (abs(y - 175) < 6)
+    (found,) = read(np.where(blot[..., None], COLOURS["red"], COLOURS["white"]).astype(np.uint8)).shapes
+    assert (found.colour, found.shape) == ("red", UNCLEAR)
 
 
 @pytest.mark.parametrize("held_out", [False, True])

@@ -20,6 +20,7 @@ from .outlines import Likeness, compare, coverage
 from .scenes import COLOURS, SMALL_BELOW, Background, Group, Scene, Word
 
 Picture = numpy.ndarray
+UNCLEAR = "unclear"
 # Where no shape is.
 _MARGIN = 6
 # CIELAB distances: the palette's nearest two are 35 apart, a texture's marks at most 16 from their ground.
@@ -33,6 +34,8 @@ _RARE = 0.2
 _FADES = 25.0
 # Fewer pixels are a speck; a letter's thinnest is 290, a small triangle 500.
 _SPECK = 130
+# What a silhouette and its template have in common; in soft pictures small stars 0.83, letters mostly 0.87.
+_CLEAR = 0.7
 # Rings, the shapes most like a letter, are 0.06 to 0.14 less like any.
 _RATHER = 0.03
 # In cap heights.
@@ -41,7 +44,7 @@ _LETTER_GAP = 0.75
 
 @dataclass(frozen=True)
 class Found:
-    """A shape: its centre and, by its area, its width, in pixels."""
+    """A shape (or UNCLEAR): its centre and, by its area, its width, in pixels."""
 
     colour: str
     shape: str
@@ -280,7 +283,7 @@ def _line_of_letters(pieces: Sequence[_Piece]) -> list[_Piece]:
     be a little more like a ring."""
     runs: list[list[_Piece]] = []
     for piece in sorted(pieces, key=lambda piece: piece.left):
-        if piece.likeness.lettering < -_RATHER:
+        if piece.likeness.glyph < _CLEAR or piece.likeness.lettering < -_RATHER:
             continue
         run = next((run for run in runs if _continues(run[-1], piece)), None)
         if run is None:
@@ -329,7 +332,9 @@ def _spelt(glyphs: Sequence[dict[str, float]], digits: bool, font: str) -> tuple
 def _shape(piece: _Piece) -> Found:
     x, y = piece.centre
     shape = piece.likeness.shape
-    return Found(piece.colour, shape, x, y, math.sqrt(piece.area / coverage()[shape]))
+    clear = piece.likeness.shapes[shape] >= _CLEAR
+    across = math.sqrt(piece.area / coverage()[shape])
+    return Found(piece.colour, shape if clear else UNCLEAR, x, y, across)
 
 
 def nearest_colour(colour: numpy.ndarray) -> str:

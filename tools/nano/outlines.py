@@ -37,9 +37,14 @@ class Likeness:
         return max(self.shapes, key=self.shapes.__getitem__)
 
     @property
+    def glyph(self) -> float:
+        """How much it is like the likeliest glyph."""
+        return max(max(font.values()) for font in self.glyphs.values())
+
+    @property
     def lettering(self) -> float:
         """How much more it is like a letter than like a shape."""
-        return max(max(font.values()) for font in self.glyphs.values()) - self.shapes[self.shape]
+        return self.glyph - self.shapes[self.shape]
 
 
 def compare(cover: Cover) -> Likeness:
