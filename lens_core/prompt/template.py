@@ -12,16 +12,11 @@ from __future__ import annotations
 
 import datetime
 
+from .. import harmony
 from ..config import TEMPLATE_DATE
 from ..errors import SettingError
+from ..harmony import CHANNEL, END, FINAL, MESSAGE, START
 
-SYSTEM = (
-    "You are ChatGPT, a large language model trained by OpenAI.\n"
-    "Knowledge cutoff: 2024-06\n"
-    "Current date: {date}\n\n"
-    "Reasoning: medium\n\n"
-    "# Valid channels: analysis, commentary, final. Channel must be included for every message."
-)
 INSTRUCTIONS = (
     "Describe the image by detailing the color, shape, size, texture, "
     "quantity, text, spatial relationships of the objects and background."
@@ -50,20 +45,30 @@ def check_date(date: str) -> None:
         )
 
 
-def prefix_text(date: str = TEMPLATE_DATE) -> str:
-    """Everything before the prompt; its features are cropped away (97 tokens in GPT-OSS)."""
+def prefix(date: str = TEMPLATE_DATE) -> list[str]:
+    """Everything before the prompt, in harmony's pieces; its features are cropped away (97 tokens)."""
     check_date(date)
-    return (
-        f"<|start|>system<|message|>{SYSTEM.format(date=date)}<|end|>"
-        f"<|start|>developer<|message|># Instructions\n\n{INSTRUCTIONS}\n\n<|end|>"
-        "<|start|>user<|message|>"
-    )
+    return [
+        *harmony.message("system", harmony.system("medium", date)),
+        *harmony.message("developer", harmony.DEVELOPER.format(instructions=INSTRUCTIONS)),
+        *(START, "user", MESSAGE),
+    ]
+
+
+def suffix() -> list[str]:
+    """Everything after the prompt; its features are kept (22 tokens)."""
+    return [
+        END,
+        *harmony.message("assistant", THOUGHT, "analysis"),
+        *(START, "assistant", CHANNEL, FINAL, MESSAGE),
+    ]
+
+
+def prefix_text(date: str = TEMPLATE_DATE) -> str:
+    """The prefix with its control tokens written out."""
+    return "".join(prefix(date))
 
 
 def suffix_text() -> str:
-    """Everything after the prompt; its features are kept (22 tokens in GPT-OSS)."""
-    return (
-        "<|end|>"
-        f"<|start|>assistant<|channel|>analysis<|message|>{THOUGHT}<|end|>"
-        "<|start|>assistant<|channel|>final<|message|>"
-    )
+    """The suffix with its control tokens written out."""
+    return "".join(suffix())

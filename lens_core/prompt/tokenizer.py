@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,9 +18,11 @@ from functools import lru_cache
 
 from tokenizers import Tokenizer, models
 
+from .. import harmony
 from ..config import TEMPLATE_DATE
 from ..errors import CheckpointError, LensError, SettingError
-from .template import PREFIX_MESSAGES, prefix_text, suffix_text
+from . import template
+from .template import PREFIX_MESSAGES
 
 log = logging.getLogger(__name__)
 
@@ -30,8 +31,6 @@ MAX_TOKENS = 512
 CUT_WINDOW = 64
 # GPT-OSS splits text by a pattern, then into bytes.
 _MOST_STEPS = 3
-_NEEDED = ("<|start|>", "<|message|>", "<|end|>", "<|channel|>")
-_CONTROL = re.compile(r"(<\|\w+\|>)")
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ class PromptTokenizer:
     """Wraps a ``tokenizers.Tokenizer``; the template's ids are computed once per date."""
 
     def __init__(self, tokenizer: Tokenizer, source: str = "tokenizer") -> None:
-        lacking = [token for token in _NEEDED if tokenizer.token_to_id(token) is None]
+        lacking = [token for token in harmony.NEEDED if tokenizer.token_to_id(token) is None]
         if lacking:
             raise CheckpointError(
                 f"{source} has no token {', '.join(lacking)}: expected GPT-OSS's tokenizer "
@@ -65,10 +64,10 @@ class PromptTokenizer:
         self.tokenizer = tokenizer
         tokenizer.no_padding()
         tokenizer.no_truncation()
-        self._prefixes = lru_cache(maxsize=8)(lambda date: self._template(prefix_text(date)))
+        self._prefixes = lru_cache(maxsize=8)(lambda date: tuple(harmony.ids_of(template.prefix(date), self)))
         with library_errors(source):
             self.prefix = self.prefix_ids()
-            self.suffix = self._template(suffix_text())
+            self.suffix = tuple(harmony.ids_of(template.suffix(), self))
 
     @classmethod
     def from_json(cls, text: str, source: str = "tokenizer") -> PromptTokenizer:
@@ -137,6 +136,10 @@ class PromptTokenizer:
         """Text of token ids."""
         return self.tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
+    def token_to_id(self, token: str) -> int | None:
+        """The id of a control token, if there is one."""
+        return self.tokenizer.token_to_id(token)
+
     def _room(self, prefix: Sequence[int]) -> int:
         return max(MAX_TOKENS - len(prefix) - len(self.suffix), 0)
 
@@ -154,13 +157,6 @@ class PromptTokenizer:
             if room - length >= CUT_WINDOW:
                 break
         return full
-
-    def _template(self, text: str) -> tuple[int, ...]:
-        ids: list[int] = []
-        for part in _CONTROL.split(text):
-            control = self.tokenizer.token_to_id(part) if part.startswith("<|") else None
-            ids += self.encode(part) if control is None else [control]
-        return tuple(ids)
 
 
 @contextmanager

@@ -12,7 +12,8 @@ from collections.abc import Iterator
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from lens_core.prompt.template import INSTRUCTIONS, SYSTEM, THOUGHT
+from lens_core import harmony
+from lens_core.prompt.template import INSTRUCTIONS, THOUGHT
 from lens_core.tiny.tokenizer import SPECIALS
 
 from .captions import caption
@@ -39,7 +40,8 @@ def train_tokenizer(captions: int = 20_000, seed: int = 0) -> Tokenizer:
 
 def _texts(captions: int, seed: int) -> Iterator[str]:
     rng = random.Random(seed)
+    system = harmony.system("medium", date="{date}")
     for _ in range(captions // 100):
-        yield from (SYSTEM, INSTRUCTIONS, THOUGHT)
+        yield from (system, INSTRUCTIONS, THOUGHT)
         for _ in range(100):
             yield _QUOTED.sub('""', caption(sample_scene(rng), rng))
