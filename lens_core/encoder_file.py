@@ -20,12 +20,13 @@ from .encoder import GptOssEncoder
 from .errors import CheckpointError
 from .prompt import PromptTokenizer
 from .prompt.tokenizer import library_errors
+from .sources import with_head
 from .weights.banks import ExpertQuantizer
 from .weights.encoder_layouts import encoder_config, encoder_layout, encoder_parts, settled
 from .weights.gguf import GgufCheckpoint
 from .weights.gguf_tokenizer import tokenizer_of
 from .weights.identity import identity
-from .weights.keymap import ENCODER_UNUSED, PREFIXES, rename
+from .weights.keymap import ENCODER_UNUSED, HEAD_UNUSED, PREFIXES, rename
 from .weights.kind import open_part
 from .weights.loader import AnyCheckpoint, OnTensor, load_into, plan_load
 from .weights.user_file import opened
@@ -123,11 +124,7 @@ class EncoderFile:
         CPU. ``on_tensor(done, total)`` may raise to cancel. Dense experts are
         quantised on ``device``.
         """
-        if _stamps(self.checkpoint) != self._opened:
-            raise CheckpointError(
-                f"{self.name} has been changed or removed since it was chosen. Refresh the list (R) and run "
-                "again."
-            )
+        self._check_unchanged()
         quantize = ExpertQuantizer(device)
         load_into(
             encoder,
@@ -145,6 +142,29 @@ class EncoderFile:
                 "the largest in their block of 32. Prefer a file with GPT-OSS-20B's own MXFP4 experts.",
                 self.name,
                 100 * quantize.largest_error,
+            )
+
+    def check_head(self) -> None:
+        """Raise CheckpointError where the file has no lm_head, naming files that have it."""
+        names = rename(self.checkpoint.header, self.layout.table, file=self.name)
+        if "lm_head.weight" not in names:
+            raise CheckpointError(
+                f"{self.name} has no lm_head, the 1.2 GB of GPT-OSS-20B that turn its last layer into words: "
+                f"it encodes prompts, but cannot write any. Files with it: {with_head()}."
+            )
+
+    def load_head(self, head: nn.Module, dtype: torch.dtype) -> None:
+        """Fill a module with ``norm`` and ``lm_head``, built on the meta device, in ``dtype``; in the stored
+        one the weights stay mapped. Raises as ``check_head`` does."""
+        self.check_head()
+        self._check_unchanged()
+        load_into(head, self.checkpoint, self.layout.table, dtype, unused=HEAD_UNUSED)
+
+    def _check_unchanged(self) -> None:
+        if _stamps(self.checkpoint) != self._opened:
+            raise CheckpointError(
+                f"{self.name} has been changed or removed since it was chosen. Refresh the list (R) and run "
+                "again."
             )
 
     def _places(self) -> list[Path]:

@@ -265,6 +265,19 @@ BUNDLES = {
 # What a loader that has nothing to offer names first.
 USUAL = {"denoiser": "lens-turbo-denoiser", "encoder": "encoder", "vae": "vae"}
 
+# Encoders that can write text too; ComfyUI's own file was made without its last matrix.
+_WITH_HEAD = ("encoder-mxfp4", "encoder-gguf")
+
+
+def with_head() -> str:
+    """The encoder files that the reasoner can use, and the commands that fetch them, in words."""
+    found = {key: SOURCES[key].mirrors[0] for key in _WITH_HEAD}
+    listed = [
+        f"{mirror.name} of {mirror.repository} (python -m lens_core download {key})"
+        for key, mirror in found.items()
+    ]
+    return f"{', '.join(listed)}, or a whole Lens folder's text_encoder"
+
 
 def known(name: str) -> Published | None:
     """What is published of a file, by its name or path; None for a file that is not in the table.

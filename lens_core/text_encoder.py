@@ -50,6 +50,8 @@ class TextEncoder:
             _dense_size(config, dtype) if dense else None,
         )
         self.is_read = False
+        # Bytes on the GPU beside the layers, for as long as somebody else computes with them.
+        self.beside = 0
 
     @property
     def total(self) -> int:

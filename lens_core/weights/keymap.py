@@ -65,6 +65,8 @@ ENCODER_GGUF: Table = (
 )
 # Held by full GPT-OSS checkpoints, of no use to a feature extractor.
 ENCODER_UNUSED = (r"^lm_head\.weight$", r"^norm\.weight$", r"^tokenizer_json$")
+# All but what turns the last layer into words.
+HEAD_UNUSED = (r"^(?!(?:lm_head|norm)\.weight$)",)
 
 VAE_DIFFUSERS: Table = (*PREFIXES["vae"], (r"^", "model."))
 # CompVis/BFL naming of the same autoencoder; its up blocks count from the output side.
