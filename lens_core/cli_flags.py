@@ -13,11 +13,15 @@ from .interval import WHOLE
 from .loading import DTYPES
 from .memory.plan import OFFLOADS
 from .quant.policy import CHOICES, NONE
+from .reasoner import PRESETS
+from .reasoner.local import EFFORTS
 from .sampling import ASPECT_RATIOS, BASE_RESOLUTIONS
 
 OFF = "off"
 # The denoiser's own choice, and what must be installed first.
 ATTENTIONS = ("auto", "flash_attn3")
+# Who rewrites prompts.
+REASONERS = ("local", "api")
 
 
 def add_generate(commands: Any, device: str) -> None:
@@ -49,6 +53,7 @@ def add_generate(commands: Any, device: str) -> None:
     _add_speed_flags(generate)
     _add_memory_flags(generate)
     _add_encoder_flags(generate)
+    _add_reasoner_flags(generate)
 
 
 def add_lora_flag(parser: argparse.ArgumentParser) -> None:
@@ -95,6 +100,15 @@ def _add_encoder_flags(parser: argparse.ArgumentParser) -> None:
     add("--extended_prompt", action="store_true", help="do not cut prompts above 393 tokens (untrained)")
     date = "date in the prompt's template: pinned, today (as the published script) or YYYY-MM-DD"
     add("--template_date", default="pinned", help=date)
+
+
+def _add_reasoner_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("prompt reasoner").add_argument
+    who = "rewrite each prompt first: local by the text encoder's own weights, api by a server"
+    add("--reasoner", choices=REASONERS, default=None, help=who)
+    add("--reasoner_preset", default="general", metavar="NAME", help=f"one of {', '.join(PRESETS)}")
+    effort = f"how much it reasons before it writes, one of {', '.join(EFFORTS)}"
+    add("--reasoner_effort", default="low", metavar="NAME", help=effort)
 
 
 def default_cache() -> str:

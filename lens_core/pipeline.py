@@ -23,6 +23,8 @@ from .memory.recovery import OutOfMemory, recovering, shortage
 from .needs import Picture
 from .ops import Attention
 from .quant.policy import NONE
+from .reasoner.local import LocalOptions, OnText, rewrite_locally, working_bytes
+from .reasoner.rewrite import Rewritten
 from .residence import Residence
 from .sampling import (
     euler,
@@ -231,6 +233,17 @@ class LensPipeline:
             "--quant_transformer int8_dynamic or uint4_sdnq",
         ]
         return shortage("while drawing", needed, residence.available(), advice)
+
+    def rewrite(
+        self, prompt: str, preset: str, options: LocalOptions, on_text: OnText | None = None
+    ) -> Rewritten:
+        """``prompt`` rewritten by the text encoder's own weights; parameters as in ``rewrite_locally``."""
+        self.text.file.check_head()
+        device = self.residence.for_writing(working_bytes(self.text, prompt, preset, options))
+        try:
+            return rewrite_locally(self.text, prompt, preset, device, options, on_text=on_text)
+        finally:
+            self.residence.clear()  # what is resident now no plan for a picture has counted
 
     def features(self, prompt: str, plan: Plan | None = None) -> Tensor:
         """Text features [1, S, L, H], out of the feature cache if it has them."""

@@ -92,6 +92,16 @@ class Residence:
         self.last = plan
         return plan
 
+    def for_writing(self, working: int) -> torch.device:
+        """Ready to write with the encoder's layers and ``working`` bytes beside them; where to do that."""
+        if self.places is None or self.placement == "cpu":
+            return torch.device("cpu") if self.placement == "cpu" else self.device
+        self.clear()
+        fixed = self.text.dense or self.placement == "gpu"
+        budget = float("inf") if fixed else self.available() - working
+        self.text.load(self.device, 0 if self.placement == "stream" else budget)
+        return self.device
+
     def for_encoding(self, plan: Plan | None) -> torch.device:
         """Ready to encode; where to do that."""
         if plan is None or self.places is None or self.placement == "cpu":

@@ -127,7 +127,7 @@ class KeyValueCache:
     def _decode_attention(
         self, q: Tensor, k: Tensor, v: Tensor, past: Tensor, sinks: Tensor, plan: AttentionPlan, sliding: bool
     ) -> Tensor:
-        """q [1, heads, D], k and v [1, kv heads, D] -> [1, heads, D], over all that ``past`` holds and this."""
+        """q [1, heads, D], k and v [1, kv heads, D] -> [1, heads, D], over ``past`` and this."""
         slots = self.slots[sliding]
         q, k = rotate_halves(q, plan.rotary), rotate_halves(k, plan.rotary)
         past.index_copy_(2, slots.index, torch.stack([k, v]).transpose(1, 2))

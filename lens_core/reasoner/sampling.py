@@ -1,4 +1,4 @@
-"""The next token from its logits: the likeliest, or drawn from the likeliest 50, the same for the same seed."""
+"""The next token from its logits: the likeliest, or one of the likeliest 50, the same for the same seed."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import comfy.hooks
 import comfy.model_management
@@ -32,6 +32,7 @@ from .progress import on_progress
 from .recovery import CLOSE_OTHERS, with_recovery
 from .settings import one_of
 
+T = TypeVar("T")
 KEY = "gpt_oss"
 # What room is made for at least: the longest prompt that Lens was trained with, in its template.
 _TOKENS = 1024
@@ -156,25 +157,46 @@ class LensClip(comfy.sd.CLIP):
         encode = super().encode_from_tokens
         return self._recovering(lambda: encode(*args, **kwargs))
 
-    def _recovering(self, encode: Callable[[], Any]) -> Any:
+    def generating(self, run: Callable[[], T], working: int | None) -> T:
+        """``run``, which writes text with the layers, on the load device and with room for ``working`` bytes
+        beside them (None: it needs no layers); once more, streamed, where memory runs out."""
+        management, device = comfy.model_management, self.patcher.load_device
+
+        def attempt() -> T:
+            if working is not None:
+                needed = self.cond_stage_model.text.layers.buffers + working
+                management.load_models_gpu([self.patcher], memory_required=needed)
+            with management.cuda_device_context(device):
+                return run()
+
+        return self._recovering(attempt, "while writing the prompt", working)
+
+    def _recovering(
+        self, run: Callable[[], T], what: str = "while encoding the prompt", working: int | None = None
+    ) -> T:
         model, device = self.cond_stage_model, self.patcher.load_device
 
-        def streamed() -> Any:
+        def streamed() -> T:
             with model.streaming():
-                return encode()
+                return run()
 
         def needed() -> float:
             resident = model.text.total if model.text.dense else 0
-            return resident + model.memory_estimation_function(None)
+            beside = (
+                model.memory_estimation_function(None)
+                if working is None
+                else model.text.layers.buffers + working
+            )
+            return resident + beside
 
         if model.text.dense:
             advice = ["LensEncoderLoader's experts 'packed', with placement 'stream'"]
         else:
             advice = ["LensEncoderLoader's placement 'cpu'", "a shorter prompt"]
         return with_recovery(
-            encode,
+            run,
             streamed,
-            what="while encoding the prompt",
+            what=what,
             device=device,
             advice=lambda: [*advice, CLOSE_OTHERS],
             needed=needed,

@@ -30,12 +30,13 @@ class EncoderPatcher(comfy.model_patcher.ModelPatcher):
     _said = False
 
     def model_size(self) -> int:
-        """Bytes with every layer on the GPU; the embedding is never there."""
-        return self.model.text.total
+        """Bytes with every layer on the GPU, and lm_head while it is there; the embedding never is."""
+        return self.model.text.total + self.model.text.beside
 
     def loaded_size(self) -> int:
         """Bytes on the device now; all of them once loaded where that is the CPU."""
-        return self.model_size() if self.model.on_cpu else self.model.text.layers.loaded
+        text = self.model.text
+        return self.model_size() if self.model.on_cpu else text.layers.loaded + text.beside
 
     def add_patches(self, patches: dict, strength_patch: float = 1.0, strength_model: float = 1.0) -> list:
         """Packed weights take no patches, and no LoRA for Lens' encoder exists; said once per patcher,
