@@ -19,8 +19,8 @@ class LensReasoner(io.ComfyNode):
             display_name="Lens Reasoner",
             category="Lens/conditioning",
             description=(
-                "Rewrites a short request into a whole prompt, with the GPT-OSS weights that the text encoder "
-                "already holds. Text in quotation marks is kept letter for letter."
+                "Rewrites a short request into a whole prompt, with the GPT-OSS weights that the text "
+                "encoder already holds. Text in quotation marks is kept letter for letter."
             ),
             search_aliases=[
                 "microsoft lens",
@@ -44,8 +44,8 @@ class LensReasoner(io.ComfyNode):
                     options=list(PRESETS),
                     default="general",
                     tooltip=(
-                        "What the prompt is for. poster: text first. short: 45 words at most. caption: a LoRA's "
-                        "training caption from notes or tags."
+                        "What the prompt is for. poster: text first. short: 45 words at most. caption: a "
+                        "LoRA's training caption from notes or tags."
                     ),
                 ),
                 io.Int.Input(

@@ -182,12 +182,9 @@ class LensClip(comfy.sd.CLIP):
 
         def needed() -> float:
             resident = model.text.total if model.text.dense else 0
-            beside = (
-                model.memory_estimation_function(None)
-                if working is None
-                else model.text.layers.buffers + working
-            )
-            return resident + beside
+            if working is not None:
+                return resident + model.text.layers.buffers + working
+            return resident + model.memory_estimation_function(None)
 
         if model.text.dense:
             advice = ["LensEncoderLoader's experts 'packed', with placement 'stream'"]

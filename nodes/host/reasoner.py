@@ -19,12 +19,15 @@ _INTERVAL = 0.1
 
 
 def write_prompt(clip: Any, prompt: str, preset: str, options: LocalOptions, node_id: str | None) -> str:
-    """``prompt`` rewritten; warnings are shown on the node and logged. Raises SettingError where a link brought
-    no Lens CLIP or no text, and CheckpointError for a file without lm_head."""
+    """``prompt`` rewritten, which the node shows, with a warning if there is one.
+
+    Raises SettingError where a link brought no Lens CLIP or no text, and CheckpointError for a file without
+    lm_head.
+    """
     if not isinstance(clip, LensClip):
         raise SettingError(
-            f"LensReasoner got a {type(clip).__name__}; expected the CLIP of LensEncoderLoader, whose weights "
-            "write the prompt. Connect that, or use LensReasonerAPI."
+            f"LensReasoner got a {type(clip).__name__}; expected the CLIP of LensEncoderLoader, whose "
+            "weights write the prompt. Connect that, or use LensReasonerAPI."
         )
     if not isinstance(prompt, str):
         raise SettingError(f"The prompt is a {type(prompt).__name__}; expected text. Connect a STRING.")

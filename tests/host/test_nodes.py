@@ -60,6 +60,11 @@ NODES = {
         ["files", "hash", "parity", "model", "clip", "vae"],
         [("report", "STRING")],
     ),
+    "LensReasoner": (
+        "Lens Reasoner",
+        ["clip", "prompt", "preset", "seed", "temperature", "max_new_tokens", "effort"],
+        [("prompt", "STRING")],
+    ),
     "LensTextEncode": (
         "Lens Text Encode",
         ["clip", "prompt", "negative", "extended", "template_date"],
@@ -126,6 +131,14 @@ SETTINGS = {
     ("LensStepCache", "end"): ("FLOAT", 1.0),
     ("LensStepCache", "max_consecutive"): ("INT", 3),
     ("LensNoise", "seed"): ("INT", 0),
+    ("LensReasoner", "preset"): (
+        ["general", "photo", "poster", "diagram", "short", "caption"],
+        "general",
+    ),
+    ("LensReasoner", "seed"): ("INT", 0),
+    ("LensReasoner", "temperature"): ("FLOAT", 0.7),
+    ("LensReasoner", "max_new_tokens"): ("INT", 4096),
+    ("LensReasoner", "effort"): (["none", "low", "medium", "high"], "low"),
     ("LensTextEncode", "negative"): ("STRING", ""),
     ("LensTextEncode", "extended"): ("BOOLEAN", False),
     ("LensTextEncode", "template_date"): (["pinned", "today"], "pinned"),
