@@ -39,7 +39,7 @@ class Decoder:
         bank, largest = encoder.experts[0].bank(), encoder.largest_scale()
         self.kernels = kernels.choose(device, text.dtype, bank, largest)
         self.cache = KeyValueCache(encoder.config, text.dtype, device, self.kernels)
-        self.rows = torch.empty(1, encoder.config.hidden_size, device=device)
+        self.row = torch.empty(1, encoder.config.hidden_size, dtype=torch.float32, device=device)
         self._steps = 0
         self._graph: StepGraph | None = None
 
@@ -51,7 +51,7 @@ class Decoder:
         """The logits after one more token."""
         if self.cache.advance():
             self._graph = None
-        self.rows.copy_(self._embedded([token]))
+        self.row.copy_(self._embedded([token]))
         self._steps += 1
         # The first step is launched, which compiles kernels and makes libraries take their workspaces.
         if self._graph is None and self._steps > 1 and self._can_record():
@@ -59,7 +59,7 @@ class Decoder:
         return self._step() if self._graph is None else self._graph.play()
 
     def _step(self) -> Tensor:
-        return self._through(self.rows, self.cache.plan(), self.cache.decoding)
+        return self._through(self.row, self.cache.plan(), self.cache.decoding)
 
     def _can_record(self) -> bool:
         resident = self.text.layers.buffers == 0

@@ -128,11 +128,11 @@ class KeyValueCache:
         self, q: Tensor, k: Tensor, v: Tensor, past: Tensor, sinks: Tensor, plan: AttentionPlan, sliding: bool
     ) -> Tensor:
         """q [1, heads, D], k and v [1, kv heads, D] -> [1, heads, D], over ``past`` and this."""
-        slots = self.slots[sliding]
-        q, k = rotate_halves(q, plan.rotary), rotate_halves(k, plan.rotary)
+        slots, heads = self.slots[sliding], [q.shape[1], k.shape[1]]
+        q, k = rotate_halves(torch.cat([q, k], dim=1), plan.rotary).split(heads, dim=1)
         past.index_copy_(2, slots.index, torch.stack([k, v]).transpose(1, 2))
         slots.mask[..., -1] = sinks.view(slots.mask.shape[:2])
-        query = q.view(1, *slots.mask.shape[:2], -1)
+        query = q.reshape(1, *slots.mask.shape[:2], -1)
         out = F.scaled_dot_product_attention(query, past[:1], past[1:], attn_mask=slots.mask.unsqueeze(0))
         return out.view(q.shape)
 
