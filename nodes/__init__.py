@@ -12,6 +12,7 @@ from .load import LensEncoderLoader, LensModelLoader, LensVAELoader
 from .lora import LensLoraLoader
 from .memory import LensMemoryEstimate
 from .quantize import LensQuantizeModel
+from .reasoner_api import LensReasonerAPI
 from .sample import LensGuider, LensNoise, LensSampler, LensScheduler
 from .save import LensSaveModel
 from .step_cache import LensStepCache
@@ -36,6 +37,7 @@ class LensExtension(ComfyExtension):
             LensVAELoader,
             LensMemoryEstimate,
             LensDoctor,
+            LensReasonerAPI,
             LensTextEncode,
             LensClearFeatureCache,
             LensEmptyLatent,
