@@ -24,6 +24,7 @@ from .cli_check import add_check, check
 from .cli_download import add_download, download
 from .cli_flags import ATTENTIONS, OFF, add_generate, default_cache
 from .cli_quantize import add_quantize, quantize
+from .cli_reasoner import check_reasoner, reasoner_settings, rewritten
 from .config import PLACEMENTS, TEMPLATE_DATE, DenoiserConfig, EncoderOptions, Variant
 from .denoiser import STEP_CACHE_OFF, BlockGraphs, StepCacheOptions
 from .errors import LensError, SettingError
@@ -64,6 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
 def generate(args: argparse.Namespace) -> list[Path]:
     """Make and save the pictures; returns their paths. Raises LensError on bad settings."""
     dtype, variant, size = _check(args)
+    check_reasoner(args)
     options = _encoder_options(args)
     loras = [parse_choice(text) for text in args.lora]
     guided, step_cache = _savings(args)
@@ -71,7 +73,8 @@ def generate(args: argparse.Namespace) -> list[Path]:
     steps = variant.steps if args.steps is None else args.steps
     cfg = variant.cfg if args.cfg is None else args.cfg
     seed = secrets.randbelow(2**32) if args.seed is None else args.seed
-    prompts = [prompt.strip() for prompt in args.prompt.split("|")]
+    originals = [prompt.strip() for prompt in args.prompt.split("|")]
+    prompts = rewritten(args, originals, seed)
     device = torch.device(args.device)
     pipeline = _load(args, device, dtype, options, loras)
     pipeline.attention, pipeline.graphs = attention, BlockGraphs() if args.cuda_graphs else None
@@ -112,6 +115,7 @@ def generate(args: argparse.Namespace) -> list[Path]:
                 "checkpoint": Path(args.repo_id).resolve().name,
                 "variant": variant.name,
                 **_other_parts(args),
+                **reasoner_settings(args, originals[index], prompt),
                 **_unusual(options, args.attention, guided, step_cache, pipeline.quantization, loras),
             }
             paths.append(save_png(image, args.out, settings))

@@ -13,11 +13,16 @@ from .interval import WHOLE
 from .loading import DTYPES
 from .memory.plan import OFFLOADS
 from .quant.policy import CHOICES, NONE
+from .reasoner import PRESETS
 from .sampling import ASPECT_RATIOS, BASE_RESOLUTIONS
 
 OFF = "off"
 # The denoiser's own choice, and what must be installed first.
 ATTENTIONS = ("auto", "flash_attn3")
+API = "api"
+REASONERS = (NONE, API)
+ERROR, ORIGINAL = "error", "original"
+REASONER_FAILURES = (ERROR, ORIGINAL)
 
 
 def add_generate(commands: Any, device: str) -> None:
@@ -49,6 +54,7 @@ def add_generate(commands: Any, device: str) -> None:
     _add_speed_flags(generate)
     _add_memory_flags(generate)
     _add_encoder_flags(generate)
+    _add_reasoner_flags(generate)
 
 
 def add_lora_flag(parser: argparse.ArgumentParser) -> None:
@@ -95,6 +101,20 @@ def _add_encoder_flags(parser: argparse.ArgumentParser) -> None:
     add("--extended_prompt", action="store_true", help="do not cut prompts above 393 tokens (untrained)")
     date = "date in the prompt's template: pinned, today (as the published script) or YYYY-MM-DD"
     add("--template_date", default="pinned", help=date)
+
+
+def _add_reasoner_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("reasoner: rewrites prompts before they are drawn").add_argument
+    add("--reasoner", default=NONE, metavar="WHO", help=f"one of {', '.join(REASONERS)}; api: a server")
+    add("--reasoner_preset", default="general", metavar="NAME", help=f"one of {', '.join(PRESETS)}")
+    failure = f"without an answer, one of {', '.join(REASONER_FAILURES)}; original: draw the prompt as it is"
+    add("--reasoner_failure", default=ERROR, metavar="WHAT", help=failure)
+    url = "a server that speaks OpenAI's API; None: OPENAI_BASE_URL of the environment, or OpenAI's"
+    add("--api_url", default=None, metavar="URL", help=url)
+    add("--api_model", default=None, metavar="NAME", help="the model's name on the server")
+    key = "variable that holds the key; None: OPENAI_API_KEY, for the environment's own server alone"
+    add("--api_key_env", default=None, metavar="VARIABLE", help=key)
+    add("--api_timeout", type=float, default=60.0, metavar="SECONDS", help="how long to wait for an answer")
 
 
 def default_cache() -> str:

@@ -1,0 +1,74 @@
+"""``generate --reasoner``: prompts rewritten before they are drawn."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Sequence
+
+from .cli_flags import API, ORIGINAL, REASONER_FAILURES, REASONERS
+from .errors import ReasonerError, SettingError
+from .harmony import Conversation
+from .reasoner import PRESETS, Rewritten, rewrite
+from .reasoner.remote import Generation, Server, ask, check_server, default_url
+
+log = logging.getLogger(__name__)
+
+
+def check_reasoner(args: argparse.Namespace) -> None:
+    """Raise SettingError for flags of the reasoner that cannot be; nothing is asked yet."""
+    if args.reasoner not in REASONERS:
+        raise SettingError(f"--reasoner must be one of {', '.join(REASONERS)}, got {args.reasoner}.")
+    if args.reasoner_preset not in PRESETS:
+        listed = ", ".join(PRESETS)
+        raise SettingError(f"--reasoner_preset must be one of {listed}, got {args.reasoner_preset}.")
+    if args.reasoner_failure not in REASONER_FAILURES:
+        listed = ", ".join(REASONER_FAILURES)
+        raise SettingError(f"--reasoner_failure must be one of {listed}, got {args.reasoner_failure}.")
+    if args.reasoner == API:
+        if args.api_model is None:
+            raise SettingError("--reasoner api needs --api_model, the model's name on the server.")
+        check_server(_server(args))
+
+
+def rewritten(args: argparse.Namespace, prompts: Sequence[str], seed: int) -> list[str]:
+    """The prompts to draw: as they are, or rewritten if the flags ask for that.
+
+    Raises ReasonerError where there is no answer, unless ``--reasoner_failure`` is original.
+    """
+    if args.reasoner != API:
+        return list(prompts)
+    server, generation = _server(args), Generation(seed)
+
+    def answer(conversation: Conversation) -> str:
+        return ask(server, conversation, generation)
+
+    results = []
+    for prompt in prompts:
+        try:
+            result = rewrite(prompt, args.reasoner_preset, answer)
+        except ReasonerError as error:
+            if args.reasoner_failure != ORIGINAL:
+                raise
+            result = Rewritten(prompt, f"{error} The prompt stays as it was.")
+        if result.warning:
+            log.warning("%s", result.warning)
+        log.info("Prompt: %s", result.prompt)
+        results.append(result.prompt)
+    return results
+
+
+def reasoner_settings(args: argparse.Namespace, prompt: str, drawn: str) -> dict[str, str]:
+    """What a PNG says of the reasoner: nothing where it changed nothing, and never the server's address."""
+    if prompt == drawn:
+        return {}
+    return {
+        "original_prompt": prompt,
+        "reasoner": args.reasoner,
+        "reasoner_preset": args.reasoner_preset,
+        "api_model": args.api_model,
+    }
+
+
+def _server(args: argparse.Namespace) -> Server:
+    return Server(args.api_url or default_url(), args.api_model, args.api_key_env, args.api_timeout)
