@@ -24,7 +24,7 @@ from .cli_check import add_check, check
 from .cli_download import add_download, download
 from .cli_flags import ATTENTIONS, OFF, add_generate, default_cache
 from .cli_quantize import add_quantize, quantize
-from .cli_reasoner import check_reasoner, rewritten
+from .cli_reasoner import check_reasoner, reasoner_settings, rewritten, rewritten_by
 from .config import PLACEMENTS, TEMPLATE_DATE, DenoiserConfig, EncoderOptions, Variant
 from .denoiser import STEP_CACHE_OFF, BlockGraphs, StepCacheOptions
 from .errors import LensError, SettingError
@@ -65,6 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
 def generate(args: argparse.Namespace) -> list[Path]:
     """Make and save the pictures; returns their paths. Raises LensError on bad settings."""
     dtype, variant, size = _check(args)
+    check_reasoner(args)
     options = _encoder_options(args)
     loras = [parse_choice(text) for text in args.lora]
     guided, step_cache = _savings(args)
@@ -72,10 +73,11 @@ def generate(args: argparse.Namespace) -> list[Path]:
     steps = variant.steps if args.steps is None else args.steps
     cfg = variant.cfg if args.cfg is None else args.cfg
     seed = secrets.randbelow(2**32) if args.seed is None else args.seed
-    prompts = [prompt.strip() for prompt in args.prompt.split("|")]
+    originals = [prompt.strip() for prompt in args.prompt.split("|")]
+    prompts = rewritten(args, originals, seed)  # a server's failure costs no loading
     device = torch.device(args.device)
     pipeline = _load(args, device, dtype, options, loras)
-    asked, prompts = prompts, rewritten(args, pipeline, prompts, seed)
+    prompts = rewritten_by(pipeline, args, prompts, seed)
     pipeline.attention, pipeline.graphs = attention, BlockGraphs() if args.cuda_graphs else None
     noise = pipeline.noise(seed, len(prompts) * args.n, size)
     paths = []
@@ -114,7 +116,7 @@ def generate(args: argparse.Namespace) -> list[Path]:
                 "checkpoint": Path(args.repo_id).resolve().name,
                 "variant": variant.name,
                 **_other_parts(args),
-                **_reasoned(args, asked[index]),
+                **reasoner_settings(args, originals[index], prompt),
                 **_unusual(options, args.attention, guided, step_cache, pipeline.quantization, loras),
             }
             paths.append(save_png(image, args.out, settings))
@@ -196,7 +198,6 @@ def _check(args: argparse.Namespace) -> tuple[torch.dtype, Variant, tuple[int, i
             "and tokenizer/ in it."
         )
     _check_parts(args)
-    check_reasoner(args)
     _check_device(args.device)
     if args.vram_budget is not None and torch.device(args.device).type != "cuda":
         raise SettingError(
@@ -314,13 +315,6 @@ def _other_parts(args: argparse.Namespace) -> dict[str, str]:
     """Names of the parts that are not the folder's own, for the PNG."""
     given = {"text_encoder": args.text_encoder, "vae": args.vae}
     return {name: path.resolve().name for name, path in given.items() if path is not None}
-
-
-def _reasoned(args: argparse.Namespace, request: str) -> dict[str, str]:
-    """For the PNG: who wrote the prompt, by which rules, from what."""
-    if args.reasoner is None:
-        return {}
-    return {"reasoner": args.reasoner, "reasoner_preset": args.reasoner_preset, "request": request}
 
 
 def _size(args: argparse.Namespace) -> tuple[int, int]:

@@ -20,8 +20,10 @@ from .sampling import ASPECT_RATIOS, BASE_RESOLUTIONS
 OFF = "off"
 # The denoiser's own choice, and what must be installed first.
 ATTENTIONS = ("auto", "flash_attn3")
-# Who rewrites prompts.
-REASONERS = ("local", "api")
+LOCAL, API = "local", "api"
+REASONERS = (NONE, LOCAL, API)
+ERROR, ORIGINAL = "error", "original"
+REASONER_FAILURES = (ERROR, ORIGINAL)
 
 
 def add_generate(commands: Any, device: str) -> None:
@@ -103,12 +105,20 @@ def _add_encoder_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_reasoner_flags(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("prompt reasoner").add_argument
-    who = "rewrite each prompt first: local by the text encoder's own weights, api by a server"
-    add("--reasoner", choices=REASONERS, default=None, help=who)
+    add = parser.add_argument_group("reasoner: rewrites prompts before they are drawn").add_argument
+    who = f"one of {', '.join(REASONERS)}; local: the text encoder's own weights, api: a server"
+    add("--reasoner", default=NONE, metavar="WHO", help=who)
     add("--reasoner_preset", default="general", metavar="NAME", help=f"one of {', '.join(PRESETS)}")
-    effort = f"how much it reasons before it writes, one of {', '.join(EFFORTS)}"
+    effort = f"how much local reasons before it writes, one of {', '.join(EFFORTS)}"
     add("--reasoner_effort", default="low", metavar="NAME", help=effort)
+    failure = f"without an answer, one of {', '.join(REASONER_FAILURES)}; original: draw the prompt as it is"
+    add("--reasoner_failure", default=ERROR, metavar="WHAT", help=failure)
+    url = "a server that speaks OpenAI's API; None: OPENAI_BASE_URL of the environment, or OpenAI's"
+    add("--api_url", default=None, metavar="URL", help=url)
+    add("--api_model", default=None, metavar="NAME", help="the model's name on the server")
+    key = "variable that holds the key; None: OPENAI_API_KEY, for the environment's own server alone"
+    add("--api_key_env", default=None, metavar="VARIABLE", help=key)
+    add("--api_timeout", type=float, default=60.0, metavar="SECONDS", help="how long to wait for an answer")
 
 
 def default_cache() -> str:

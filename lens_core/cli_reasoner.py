@@ -1,4 +1,4 @@
-"""``--reasoner`` of ``generate``: prompts rewritten before anything is drawn."""
+"""``generate --reasoner``: prompts rewritten before they are drawn."""
 
 from __future__ import annotations
 
@@ -9,31 +9,66 @@ from collections.abc import Sequence
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from .errors import SettingError
-from .harmony import Reply
+from .cli_flags import API, LOCAL, ORIGINAL, REASONER_FAILURES, REASONERS
+from .errors import ReasonerError, SettingError
+from .harmony import Conversation, Reply
 from .pipeline import LensPipeline
-from .reasoner import PRESETS
+from .reasoner import PRESETS, Rewritten, rewrite
 from .reasoner.local import EFFORTS, LocalOptions
+from .reasoner.remote import Generation, Server, ask, check_server, default_url
 from .reasoner.sampling import Sampling
 
 log = logging.getLogger(__name__)
 
 
 def check_reasoner(args: argparse.Namespace) -> None:
-    """Raise SettingError for settings of ``--reasoner`` that are not there."""
-    for flag, value, known in (
-        ("--reasoner_preset", args.reasoner_preset, PRESETS),
-        ("--reasoner_effort", args.reasoner_effort, EFFORTS),
-    ):
-        if value not in known:
-            raise SettingError(f"{flag} must be one of {', '.join(known)}, got {value}.")
+    """Raise SettingError for flags of the reasoner that cannot be; nothing is asked yet."""
+    if args.reasoner not in REASONERS:
+        raise SettingError(f"--reasoner must be one of {', '.join(REASONERS)}, got {args.reasoner}.")
+    if args.reasoner_preset not in PRESETS:
+        listed = ", ".join(PRESETS)
+        raise SettingError(f"--reasoner_preset must be one of {listed}, got {args.reasoner_preset}.")
+    if args.reasoner_effort not in EFFORTS:
+        listed = ", ".join(EFFORTS)
+        raise SettingError(f"--reasoner_effort must be one of {listed}, got {args.reasoner_effort}.")
+    if args.reasoner_failure not in REASONER_FAILURES:
+        listed = ", ".join(REASONER_FAILURES)
+        raise SettingError(f"--reasoner_failure must be one of {listed}, got {args.reasoner_failure}.")
+    if args.reasoner == API:
+        if args.api_model is None:
+            raise SettingError("--reasoner api needs --api_model, the model's name on the server.")
+        check_server(_server(args))
 
 
-def rewritten(
-    args: argparse.Namespace, pipeline: LensPipeline, prompts: Sequence[str], seed: int
+def rewritten(args: argparse.Namespace, prompts: Sequence[str], seed: int) -> list[str]:
+    """The prompts to draw: as they are, or rewritten by a server if the flags ask for that.
+
+    Raises ReasonerError where there is no answer, unless ``--reasoner_failure`` is original.
+    """
+    if args.reasoner != API:
+        return list(prompts)
+    server, generation = _server(args), Generation(seed)
+
+    def answer(conversation: Conversation) -> str:
+        return ask(server, conversation, generation)
+
+    results = []
+    for prompt in prompts:
+        try:
+            result = rewrite(prompt, args.reasoner_preset, answer)
+        except ReasonerError as error:
+            if args.reasoner_failure != ORIGINAL:
+                raise
+            result = Rewritten(prompt, f"{error} The prompt stays as it was.")
+        results.append(_said(result))
+    return results
+
+
+def rewritten_by(
+    pipeline: LensPipeline, args: argparse.Namespace, prompts: Sequence[str], seed: int
 ) -> list[str]:
-    """The prompts to draw: as they are without ``--reasoner``, else rewritten, each said in a line."""
-    if args.reasoner is None:
+    """The same, rewritten by the pipeline's text encoder if the flags ask for that."""
+    if args.reasoner != LOCAL:
         return list(prompts)
     options = LocalOptions(Sampling(seed=seed), effort=args.reasoner_effort)
     results = []
@@ -43,9 +78,29 @@ def rewritten(
             def count(reply: Reply, done: int, bar: tqdm = bar) -> None:
                 bar.update(done - bar.n)
 
-            result = pipeline.rewrite(prompt, args.reasoner_preset, options, count)
-        if result.warning:
-            log.warning("%s", result.warning)
-        log.info("Prompt: %s", result.prompt)
-        results.append(result.prompt)
+            results.append(_said(pipeline.rewrite(prompt, args.reasoner_preset, options, count)))
     return results
+
+
+def _said(result: Rewritten) -> str:
+    if result.warning:
+        log.warning("%s", result.warning)
+    log.info("Prompt: %s", result.prompt)
+    return result.prompt
+
+
+def reasoner_settings(args: argparse.Namespace, prompt: str, drawn: str) -> dict[str, str]:
+    """What a PNG says of the reasoner: nothing where it changed nothing, and never the server's address."""
+    if prompt == drawn:
+        return {}
+    how = {"api_model": args.api_model} if args.reasoner == API else {"reasoner_effort": args.reasoner_effort}
+    return {
+        "original_prompt": prompt,
+        "reasoner": args.reasoner,
+        "reasoner_preset": args.reasoner_preset,
+        **how,
+    }
+
+
+def _server(args: argparse.Namespace) -> Server:
+    return Server(args.api_url or default_url(), args.api_model, args.api_key_env, args.api_timeout)

@@ -77,3 +77,7 @@ class SizeError(LensError):
 
 class SettingError(LensError):
     """A setting outside its range, or two settings that do not go together."""
+
+
+class ReasonerError(LensError):
+    """The model that was to rewrite a prompt gave no answer."""

@@ -76,6 +76,12 @@ class Message:
     text: str = ""
 
 
+def valid_text(text: str) -> str:
+    """``text`` with U+FFFD for halves of characters (lone surrogates), which have no UTF-8: a text box
+    that counts in UTF-16 can leave such a half where it cuts an emoji."""
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
 def system(effort: str, date: str = TEMPLATE_DATE) -> str:
     """The system message; raises SettingError unless ``effort`` is one of EFFORTS."""
     if effort not in EFFORTS:

@@ -13,6 +13,7 @@ from .lora import LensLoraLoader
 from .memory import LensMemoryEstimate
 from .quantize import LensQuantizeModel
 from .reasoner import LensReasoner
+from .reasoner_api import LensReasonerAPI
 from .sample import LensGuider, LensNoise, LensSampler, LensScheduler
 from .save import LensSaveModel
 from .step_cache import LensStepCache
@@ -38,6 +39,7 @@ class LensExtension(ComfyExtension):
             LensMemoryEstimate,
             LensDoctor,
             LensReasoner,
+            LensReasonerAPI,
             LensTextEncode,
             LensClearFeatureCache,
             LensEmptyLatent,

@@ -89,7 +89,7 @@ class PromptTokenizer:
         one raises SettingError.
         """
         prefix = self.prefix_ids(date)
-        prompt = _valid(prompt)
+        prompt = harmony.valid_text(prompt)
         kept, ids = prompt, self.encode(prompt)
         total, room = len(ids), self._room(prefix)
         # Once in practice; again only where the kept text alone takes more tokens than within the whole.
@@ -130,7 +130,7 @@ class PromptTokenizer:
 
     def encode(self, prompt: str) -> list[int]:
         """Ids of the prompt alone; control tokens in it are plain text."""
-        return self.tokenizer.encode(_valid(prompt), add_special_tokens=False).ids
+        return self.tokenizer.encode(harmony.valid_text(prompt), add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of token ids."""
@@ -191,12 +191,6 @@ def _check_parts(tokenizer: Tokenizer, source: str) -> None:
             f"{source} is of another kind than GPT-OSS's tokenizer (o200k_harmony). Use the tokenizer.json "
             "that comes with gpt-oss-20b or with Lens."
         )
-
-
-def _valid(text: str) -> str:
-    """``text`` with U+FFFD for halves of characters (lone surrogates), which have no UTF-8: a text box
-    that counts in UTF-16 can leave such a half where it cuts an emoji."""
-    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 def _warn_of_cut(total: int, room: int, cut: int, dropped: str) -> None:

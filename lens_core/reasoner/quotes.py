@@ -10,6 +10,8 @@ import re
 
 # Chinese and Japanese put no space before a mark, so their letters are not among these.
 _LETTER = "0-9A-Za-z\u00c0-\u024f\u0370-\u052f"
+# An apostrophe may look like an opening mark, after which the whole prompt would be searched for an end.
+_LONGEST = 300
 _MARKS = "\"'“”„‟«»‹›「」『』‘’‚"
 _QUOTED = re.compile(
     "|".join(
@@ -23,8 +25,8 @@ _QUOTED = re.compile(
             "「([^「」]+)」",
             "『([^『』]+)』",
             rf"‚([^‚‘\n]+)‘(?![{_LETTER}])",
-            rf"‘([^‘\n]+?)’(?![{_LETTER}])",
-            rf"(?<![{_LETTER}])'([^\n]+?)'(?![{_LETTER}])",
+            rf"‘([^‘\n]{{1,{_LONGEST}}}?)’(?![{_LETTER}])",
+            rf"(?<![{_LETTER}])'([^\n]{{1,{_LONGEST}}}?)'(?![{_LETTER}])",
         )
     )
 )

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..errors import first_of
+from ..errors import ReasonerError, first_of
 from ..harmony import Conversation
 from .presets import insist, request
 from .quotes import missing
@@ -33,8 +33,8 @@ def rewrite(prompt: str, preset: str, answer: Callable[[Conversation], str]) -> 
         return Rewritten(prompt, "The prompt is blank: there is nothing to rewrite.")
     text = _paragraph(answer(conversation))
     lost = missing(prompt, text)
-    if text and lost:
-        again = _paragraph(answer(insist(conversation, lost)))
+    if lost:
+        again = _once_more(answer, insist(conversation, lost))
         still = missing(prompt, again)
         if again and len(still) < len(lost):
             text, lost = again, still
@@ -44,6 +44,14 @@ def rewrite(prompt: str, preset: str, answer: Callable[[Conversation], str]) -> 
         listed = first_of([f'"{text}"' for text in lost])
         return Rewritten(text, f"Quoted text of the prompt is not in the answer: {listed}.")
     return Rewritten(text)
+
+
+def _once_more(answer: Callable[[Conversation], str], conversation: Conversation) -> str:
+    """The second answer; empty where there is none, for the first is not lost with it."""
+    try:
+        return _paragraph(answer(conversation))
+    except ReasonerError:
+        return ""
 
 
 def _paragraph(text: str) -> str:
