@@ -22,7 +22,8 @@ TINY = {
     "LensVAELoader": {"vae_name": "flux2_tiny_vae.safetensors"},
     "LensLoraLoader": {"lora_name": "lens_tiny_lora.safetensors"},
 }
-NANO_WORKFLOW = PACK / "example_workflows" / "Lens nano - 256.json"
+# Beside the other examples once checkpoints/nano is there.
+NANO_WORKFLOW = PACK / "tools" / "nano" / "Lens nano - 256.json"
 NANO = PACK / "checkpoints" / "nano"
 
 

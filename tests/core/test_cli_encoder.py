@@ -24,8 +24,8 @@ def chosen(monkeypatch: pytest.MonkeyPatch) -> list[EncoderOptions]:
     seen: list[EncoderOptions] = []
     real = LensPipeline.from_folder
 
-    def spy(*arguments: Any) -> LensPipeline:
-        pipeline = real(*arguments)
+    def spy(*arguments: Any, **named: Any) -> LensPipeline:
+        pipeline = real(*arguments, **named)
         seen.append(pipeline.options)
         return pipeline
 

@@ -14,6 +14,7 @@ from lens_core.sampling.resolution import BUCKETS
 from lens_core.vae import to_uint8
 from tools.nano.captions import caption, plain_caption
 from tools.nano.checker import UNCLEAR, Reading, agreement, judge, read, shares
+from tools.nano.glyphs import FONTS
 from tools.nano.render import collate, render
 from tools.nano.scenes import (
     COLOURS,
@@ -23,6 +24,7 @@ from tools.nano.scenes import (
     WORDS,
     Background,
     Group,
+    Place,
     Scene,
     Word,
     combinations,
@@ -30,6 +32,7 @@ from tools.nano.scenes import (
     sample_scene,
 )
 
+NONE = (0.0, 0.0, 0.0)
 ALL = {"background", "colour", "shape", "count", "relation", "size", "text"}
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 
@@ -71,8 +74,7 @@ def test_the_checker_reads_what_was_drawn():
 def test_the_checker_reads_soft_pictures():
     right = shares([judge(scene, soft(clean, index)) for index, (scene, clean) in enumerate(drawn()[:108])])
     assert right.keys() == ALL
-    # A letter in hundreds may be misread, so a word in 23; all else is told at a glance.
-    assert min(right.values()) >= 0.95 and sorted(right.values())[1] >= 0.97, right
+    assert min(right.values()) >= 0.97, right
 
 
 def changed(scene: Scene, what: str) -> Scene | None:
@@ -204,3 +206,15 @@ def test_nothing_is_drawn_in_a_colour_that_its_background_has():
             first, second = sorted((ground.colour, ground.second))
             taken |= {*GRADIENTS[first, second]}
         assert not taken & {part.colour for part in (scene.main, scene.other) if part is not None}
+
+
+@pytest.mark.parametrize("font", FONTS)
+def test_letters_stand_evenly(font: str):
+    """The gaps between a word's letters are the same, whatever space a font leaves around each."""
+    word = Word("EXIT", font, "black")
+    scene = Scene(176, 352, Background("white"), word, None, None, (Place(170, 88, 50, 0, NONE),), NONE)
+    inked = (picture(scene) < 128).any((0, 2))
+    edges = np.flatnonzero(np.diff(inked.astype(int)))
+    gaps = (edges[2::2] - edges[1:-1:2]).tolist()
+    # Edges lie anywhere within a pixel, two to a gap.
+    assert len(gaps) == 3 and max(gaps) - min(gaps) <= 2, gaps

@@ -112,3 +112,25 @@ def test_turbo_learns_the_teachers_guided_way():
     wanted = (arrived - x) / (levels[-1] - levels[0])
     # bf16 forwards: with a mask and with no text at all they round apart.
     assert relative_l2(got, wanted) < 2e-2
+
+
+@torch.inference_mode(False)
+@torch.enable_grad()
+def test_hidden_matrices_move_as_by_torchs_muon():
+    """The library's takes one matrix after the other, and its rate from the CPU."""
+    torch.manual_seed(0)
+    matrices = [torch.nn.Parameter(torch.randn(rows, 8)) for rows in (24, 24, 5)]
+    other = torch.nn.Parameter(torch.zeros(8))
+    own = [p.detach().clone().requires_grad_() for p in matrices]
+    masters = Masters([other, *matrices], hidden=matrices)
+    library = torch.optim.Muon(own, lr=3e-2, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+    for _ in range(3):
+        masters.rate.fill_(3e-2)
+        for value, parameter in zip(own, matrices, strict=True):
+            parameter.grad = 1e-2 * torch.randn_like(parameter)
+            value.grad = parameter.grad.clone()
+        masters.step()
+        library.step()
+    for value, mine in zip(own, masters.values[1:], strict=True):
+        # Both iterate in bf16; batched products may round in another order.
+        assert relative_l2(mine, value.detach()) < 2e-3

@@ -23,7 +23,7 @@ Picture = numpy.ndarray
 UNCLEAR = "unclear"
 # Where no shape is.
 _MARGIN = 6
-# CIELAB distances: the palette's nearest two are 35 apart, a texture's marks at most 16 from their ground.
+# CIELAB distances: the palette's nearest two are 31 apart, a texture's marks at most 15 from their ground.
 _FAR = 21.0
 _NEAR_RGB = 12.0
 # Steps of a byte within 3 x 3 pixels; more is an edge.

@@ -16,6 +16,8 @@ import torch
 from lens_core.denoiser import LensDenoiser
 from lens_core.denoiser.block import Shared
 from lens_core.kernels import EAGER_BLOCK, BlockKernels
+from lens_core.quant.policy import is_quantized
+from lens_core.quantized import linear_sizes
 
 
 @cache
@@ -42,3 +44,8 @@ class TrainedDenoiser(LensDenoiser):
         shared = super().shared(*args)
         gathers = torch.is_grad_enabled() and shared.kernels is EAGER_BLOCK
         return replace(shared, kernels=compiled_block()) if gathers and args[0].is_cuda else shared
+
+    def hidden(self) -> list[torch.nn.Parameter]:
+        """The blocks' matrices that the policy of quantisation would round too: attention's and the MLPs'."""
+        layers = [self.get_submodule(name) for name in linear_sizes(self) if is_quantized(name)]
+        return [layer.get_parameter("weight") for layer in layers]

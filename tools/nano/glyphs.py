@@ -62,15 +62,20 @@ def line_width(text: str, font: str) -> float:
 def draw(folder: Path) -> Image.Image:
     """The bitmap from the fonts' files."""
     picture = Image.new("L", (len(GLYPHS) * CELL_WIDTH, len(FONTS) * CELL_HEIGHT))
-    pen = ImageDraw.Draw(picture)
     for row, name in enumerate(FONTS):
         font = _at_cap_height(folder / _FONT_FILES[name])
         for column, glyph in enumerate(GLYPHS):
-            left = font.getbbox(glyph, anchor="ls")[0]
-            at = (column * CELL_WIDTH + PAD - left, row * CELL_HEIGHT + _BASELINE)
-            pen.text(at, glyph, fill=255, font=font, anchor="ls")
+            picture.paste(_ink(font, glyph), (column * CELL_WIDTH + PAD, row * CELL_HEIGHT))
     # Sixteen greys are enough for edges and halve the file.
     return picture.quantize(16)
+
+
+def _ink(font: ImageFont.FreeTypeFont, glyph: str) -> Image.Image:
+    """A glyph as high as a cell and as wide as its ink: a font leaves more space before an I than a T."""
+    cell = Image.new("L", (2 * CELL_WIDTH, CELL_HEIGHT))
+    ImageDraw.Draw(cell).text((CELL_WIDTH // 2, _BASELINE), glyph, fill=255, font=font, anchor="ls")
+    left, _, right, _ = cell.getbbox() or (0, 0, 0, 0)
+    return cell.crop((left, 0, right, CELL_HEIGHT))
 
 
 def _at_cap_height(path: Path) -> ImageFont.FreeTypeFont:

@@ -31,7 +31,8 @@ class Training:
         self.args, self.step = args, 0
         self.models = Models(args.out, torch.device(args.device))
         self.encoder = Masters(self.models.encoder.parameters(), average_over=1000)
-        self.denoiser = Masters(self.models.denoiser.parameters(), average_over=2000)
+        denoiser = self.models.denoiser
+        self.denoiser = Masters(denoiser.parameters(), average_over=2000, hidden=denoiser.hidden())
         self.path, self.curves = args.out / "train_resume.pt", Curves(args.out / "train.json")
         if self.path.exists():
             kept = torch.load(self.path, map_location=args.device)

@@ -12,16 +12,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .muon import Muon
+
 
 class Masters:
-    """AdamW on fp32 copies of parameters, and their running average, which is what is exported.
+    """fp32 copies of parameters with their optimisers, and their running average, which is what is exported.
 
-    ``step`` is safe to record into a CUDA graph; the learning rate is a tensor, so recorded steps
-    follow it.
+    Muon moves the ``hidden`` ones, matrices between two layers; AdamW all others. ``step`` is safe to record
+    into a CUDA graph; the learning rate is a tensor, so recorded steps follow it.
     """
 
     def __init__(
-        self, parameters: Iterable[nn.Parameter], average_over: float = 500.0, decay: float = 0.01
+        self,
+        parameters: Iterable[nn.Parameter],
+        average_over: float = 500.0,
+        decay: float = 0.01,
+        hidden: Iterable[nn.Parameter] = (),
     ) -> None:
         self.parameters: list[Tensor] = list(parameters)
         device = self.parameters[0].device
@@ -29,24 +35,33 @@ class Masters:
         self.average = [value.clone() for value in self.values]
         self.rate = torch.zeros((), device=device)
         self.keep = 1 - 1 / average_over
+        matrices = {id(parameter) for parameter in hidden}
+        self._hidden = [index for index, p in enumerate(self.parameters) if id(p) in matrices]
+        self._others = [index for index, p in enumerate(self.parameters) if id(p) not in matrices]
+        self.muon = Muon([self.values[index] for index in self._hidden], self.rate, decay)
         on_gpu = device.type == "cuda"
-        self.optimizer = torch.optim.AdamW(
-            self.values, lr=self.rate, betas=(0.9, 0.98), weight_decay=decay, fused=on_gpu, capturable=on_gpu
+        self.adam = torch.optim.AdamW(
+            [self.values[index] for index in self._others],
+            lr=self.rate,
+            betas=(0.9, 0.98),
+            weight_decay=decay,
+            fused=on_gpu,
+            capturable=on_gpu,
         )
 
     def step(self, limit: float = 1.0) -> Tensor:
         """Apply the parameters' gradients, their norm limited; returns that norm. Gradients are cleared."""
-        learnt = [  # the last block's text stream ends at K and V: the rest of it has no gradient
-            (value, parameter.grad.float())
+        gradients = [  # the last block's text stream ends at K and V: the rest of it has no gradient
+            torch.zeros_like(value) if parameter.grad is None else parameter.grad.float()
             for value, parameter in zip(self.values, self.parameters, strict=True)
-            if parameter.grad is not None
         ]
-        gradients = [gradient for _, gradient in learnt]
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
         torch._foreach_mul_(gradients, (limit / (norm + 1e-6)).clamp(max=1.0))
-        for value, gradient in learnt:
-            value.grad = gradient
-        self.optimizer.step()
+        for index in self._others:
+            self.values[index].grad = gradients[index]
+        self.adam.step()
+        if self._hidden:
+            self.muon.step([gradients[index] for index in self._hidden])
         torch._foreach_lerp_(self.average, self.values, 1 - self.keep)
         with torch.no_grad():
             torch._foreach_copy_(self.parameters, self.values)
@@ -56,15 +71,22 @@ class Masters:
 
     def state(self) -> dict[str, Any]:
         """All that a later run needs to go on."""
-        return {"values": self.values, "average": self.average, "optimizer": self.optimizer.state_dict()}
+        return {
+            "values": self.values,
+            "average": self.average,
+            "adam": self.adam.state_dict(),
+            "momenta": self.muon.momenta,
+        }
 
     def load(self, state: dict[str, Any]) -> None:
         """Go on from ``state``; before anything is recorded."""
         torch._foreach_copy_(self.values, state["values"])
         torch._foreach_copy_(self.average, state["average"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        for group in self.optimizer.param_groups:
+        self.adam.load_state_dict(state["adam"])
+        for group in self.adam.param_groups:
             group["lr"] = self.rate
+        for mine, given in zip(self.muon.momenta, state["momenta"], strict=True):
+            mine.copy_(given)
         self.show(self.values)
 
     def show(self, values: Sequence[Tensor]) -> None:
