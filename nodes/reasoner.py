@@ -62,7 +62,6 @@ class LensReasoner(io.ComfyNode):
                     min=0.0,
                     max=2.0,
                     step=0.05,
-                    optional=True,
                     tooltip="How freely words are drawn. 0: always the likeliest, whatever the seed.",
                 ),
                 io.Int.Input(
@@ -70,7 +69,6 @@ class LensReasoner(io.ComfyNode):
                     default=4096,
                     min=16,
                     max=16384,
-                    optional=True,
                     advanced=True,
                     tooltip="Where writing ends at the latest, reasoning included.",
                 ),
@@ -78,7 +76,6 @@ class LensReasoner(io.ComfyNode):
                     "effort",
                     options=list(EFFORTS),
                     default="low",
-                    optional=True,
                     tooltip=(
                         "How much it reasons before it writes. low: as published. none: not at all, fastest. "
                         "medium and high: longer."
@@ -96,9 +93,9 @@ class LensReasoner(io.ComfyNode):
         prompt: str,
         preset: str,
         seed: int,
-        temperature: float = 0.7,
-        max_new_tokens: int = 4096,
-        effort: str = "low",
+        temperature: float,
+        max_new_tokens: int,
+        effort: str,
     ) -> io.NodeOutput:
         options = LocalOptions(
             Sampling(temperature, seed=seed), max_new_tokens, one_of("effort", effort, EFFORTS)

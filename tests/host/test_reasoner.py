@@ -8,7 +8,7 @@ import torch
 from tests.host.fake_gpu import GPU, FakeGpu, resident_bytes
 
 NAME = "gpt_oss_tiny_mxfp4.safetensors"
-SHORT = {"preset": "short", "seed": 3, "max_new_tokens": 16, "effort": "none"}
+SHORT = {"preset": "short", "seed": 3, "temperature": 0.7, "max_new_tokens": 16, "effort": "none"}
 
 
 @pytest.fixture(autouse=True)
