@@ -136,6 +136,7 @@ def test_a_slow_server_is_left_at_the_timeout(api: ApiServer):
     with pytest.raises(ReasonerError, match=r"no answer in 0\.3 s"):
         ask(to(api, timeout=0.3), TALK)
     assert api.left.wait(5)
+    assert len(api.requests) == 1, "the timeout is for all tries together"
 
 
 def test_whoever_cancels_need_not_wait(api: ApiServer):
@@ -195,6 +196,17 @@ def test_a_key_goes_where_it_belongs(api: ApiServer, monkeypatch, own: bool, var
     assert headers["Authorization"] == f"Bearer {sent or 'none'}"
     assert ("org-secret" in headers.values()) == own
     assert ("gate-secret" in headers.values()) == own
+
+
+def test_a_key_does_not_follow_to_another_server(api: ApiServer, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setenv("OPENAI_BASE_URL", api.url)
+    with serving() as other:
+        place = {"Location": f"{other.url}/chat/completions"}
+        api.reply = lambda body: web.Response(status=307, headers=place)
+        assert ask(to(api), TALK) == "a rewritten prompt"
+        assert api.headers[0]["Authorization"] == f"Bearer {KEY}"
+        assert KEY not in str(other.headers)
 
 
 @pytest.mark.parametrize("where", ["the refusal", "a long refusal", "the answer"])
