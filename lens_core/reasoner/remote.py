@@ -154,9 +154,10 @@ async def _complete(
                         model=server.model, messages=messages, **parameters
                     )
                 except openai.BadRequestError as error:
-                    if error.param not in parameters:
+                    refused = str(error.param)  # whatever the server put there
+                    if refused not in parameters:
                         raise
-                    parameters = _without_parameter(parameters, error.param)
+                    parameters = _without_parameter(parameters, refused)
 
 
 def _without_parameter(parameters: dict[str, Any], refused: str) -> dict[str, Any]:
@@ -190,16 +191,16 @@ def _watched(work: Callable[[], Coroutine[Any, Any, Any]], check: Callable[[], N
 def _answer(completion: Any, server: Server) -> str:
     try:
         choice = completion.choices[0]
-        text, finish = choice.message.content, choice.finish_reason
+        text = choice.message.content or ""
     except (AttributeError, IndexError, TypeError):
-        text = finish = completion
-    if text is not None and (not isinstance(text, str) or text is completion):
-        raise ValueError("no chat completion")
-    text = _spoken(text or "").strip()
+        raise ValueError("no chat completion") from None
+    if not isinstance(text, str):
+        raise ValueError("a message that is no text")
+    text = _spoken(text).strip()
     if not text:
         reason = (
             "used up max_new_tokens before the answer began. Raise it, or lower the effort"
-            if finish == "length"
+            if getattr(choice, "finish_reason", None) == "length"
             else "sent an empty answer. Try another seed or model"
         )
         raise ReasonerError(f"The API at {_origin(server.url)} {reason}.")

@@ -106,6 +106,8 @@ FAILURES = {
     "a number": ({**completion("x"), "choices": [{"message": {"content": 3}}]}, "end in /v1"),
     "empty": (completion(" \n"), "empty answer"),
     "nothing": (completion(None), "empty answer"),
+    "no finish_reason": ({"choices": [{"message": {"content": ""}}]}, "empty answer"),
+    "null": (web.json_response(None), "end in /v1"),
     "only thoughts": (completion("<think>and so on", "length"), "max_new_tokens"),
     "an analysis": (completion(ANALYSIS), "empty answer"),
 }
@@ -172,8 +174,9 @@ def test_settings_that_a_server_refuses_are_left_out(api: ApiServer):
     assert api.requests[-1]["max_completion_tokens"] == 50
 
 
-def test_another_refusal_is_final(api: ApiServer):
-    api.reply = lambda body: refusal(400, "no", param="messages")
+@pytest.mark.parametrize("named", ["messages", None, ["seed"], {"seed": 1}], ids=str)
+def test_another_refusal_is_final(api: ApiServer, named: Any):
+    api.reply = lambda body: refusal(400, "no", param=named)
     with pytest.raises(ReasonerError, match="400: no"):
         ask(to(api), TALK)
     assert len(api.requests) == 1
