@@ -10,7 +10,8 @@ from .cli_flags import API, ORIGINAL, REASONER_FAILURES, REASONERS
 from .errors import ReasonerError, SettingError
 from .harmony import Conversation
 from .reasoner import PRESETS, Rewritten, rewrite
-from .reasoner.remote import Generation, Server, ask, check_server, default_url
+from .reasoner.remote import Generation, ask
+from .reasoner.server import Server, check_server, default_url
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,8 @@ from aiohttp import web
 
 from lens_core.errors import MissingPackage, ReasonerError, SettingError
 from lens_core.reasoner import request
-from lens_core.reasoner.remote import Generation, Server, ask, check_server
+from lens_core.reasoner.remote import Generation, ask
+from lens_core.reasoner.server import Server, check_server
 from tests.api_server import ApiServer, completion, refusal, serving
 
 KEY = "sk-very-secret-0123456789"
