@@ -15,8 +15,9 @@ from .harmony import Conversation, Reply
 from .pipeline import LensPipeline
 from .reasoner import PRESETS, Rewritten, rewrite
 from .reasoner.local import EFFORTS, LocalOptions
-from .reasoner.remote import Generation, Server, ask, check_server, default_url
+from .reasoner.remote import Generation, ask
 from .reasoner.sampling import Sampling
+from .reasoner.server import Server, check_server, default_url
 
 log = logging.getLogger(__name__)
 

@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from .host.conditioning import DATES, date_of, encode_pair
+from .host.conditioning import DATES, ONE, SEVERAL, date_of, encode_pair
 from .host.feature_cache import clear_features
 from .host.progress import say
 
@@ -18,7 +18,8 @@ class LensTextEncode(io.ComfyNode):
             category="Lens/conditioning",
             description=(
                 "Encodes a prompt and a negative prompt. A blank negative costs nothing: it is drawn "
-                "without any text, as Lens was trained. Prompt weights and wildcards are plain text."
+                "without any text, as Lens was trained. Several prompts make a batch of pictures. Prompt "
+                "weights and wildcards are plain text."
             ),
             search_aliases=["microsoft lens", "prompt", "gpt-oss"],
             inputs=[
@@ -56,6 +57,17 @@ class LensTextEncode(io.ComfyNode):
                         "always means the same. today: as the published program, which changes daily."
                     ),
                 ),
+                io.Combo.Input(
+                    "several",
+                    options=list(SEVERAL),
+                    default=ONE,
+                    optional=True,
+                    advanced=True,
+                    tooltip=(
+                        "Draw each line, or each part between |, as a prompt of its own, one picture each: "
+                        "set the latent's batch_size to their number."
+                    ),
+                ),
             ],
             hidden=[io.Hidden.unique_id],
             outputs=[
@@ -71,10 +83,17 @@ class LensTextEncode(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, clip, prompt: str, negative: str = "", extended: bool = False, template_date: str = "pinned"
+        cls,
+        clip,
+        prompt: str,
+        negative: str = "",
+        extended: bool = False,
+        template_date: str = "pinned",
+        several: str = ONE,
     ) -> io.NodeOutput:
         date, node_id = date_of(template_date), getattr(cls.hidden, "unique_id", None)
-        pair = encode_pair(clip, prompt, negative, extended=extended, date=date, node_id=node_id)
+        options = {"several": several, "extended": extended, "date": date, "node_id": node_id}
+        pair = encode_pair(clip, prompt, negative, **options)
         return io.NodeOutput(*pair)
 
 

@@ -32,22 +32,22 @@ remark about the task. Keep any reasoning private."""
 
 _SHAPES = {
     "general": (
-        "Write 60 to 200 words, the main subject first, then what surrounds it, then light and style. The"
-        " vaguer the request, the more you decide; a request that is detailed already is only put in "
+        "Write 60 to 200 words, the main subject first, then what surrounds it, then light and style. The "
+        "vaguer the request, the more you decide; a request that is detailed already is only put in "
         "order."
     ),
     "photo": (
-        "The picture is a photograph, 80 to 200 words. Begin with the subject and what it does; then give"
-        " the kind of camera, the focal length and the aperture, distance and angle, what is in focus and"
-        " what is blurred, where the light comes from and its colour, and textures as a lens would record"
-        " them: skin, fabric, dust, reflections. Do not use the words style, art or painting."
+        "The picture is a photograph, 80 to 200 words. Begin with the subject and what it does; then give "
+        "the kind of camera, the focal length and the aperture, distance and angle, what is in focus and "
+        "what is blurred, where the light comes from and its colour, and textures as a lens would record "
+        "them: skin, fabric, dust, reflections. Do not use the words style, art or painting."
     ),
     "poster": (
         "The picture is a designed piece that lives by its text: a poster, cover, sign, label or page. "
         "Write 80 to 260 words, the text first. For each piece of text give its exact letters in double "
         "quotation marks, its position, its size next to the others, the kind of letters, weight and "
-        "colour, and what it stands on. Then layout, margins, pictures and colours. Invent no text beyond"
-        " what the request needs; if it quotes none, choose a short headline that fits."
+        "colour, and what it stands on. Then layout, margins, pictures and colours. Invent no text beyond "
+        "what the request needs; if it quotes none, choose a short headline that fits."
     ),
     "diagram": (
         "The picture is a diagram, chart, infographic or annotated drawing, 90 to 350 words. Name its "
@@ -61,8 +61,8 @@ _SHAPES = {
         "and the light; leave the rest out."
     ),
     "caption": (
-        "Here the request is a note, a list of tags or a draft about a picture that exists, and you write"
-        " its caption, 40 to 120 words, as it would stand beside the picture in a training set. Put tags "
+        "Here the request is a note, a list of tags or a draft about a picture that exists, and you write "
+        "its caption, 40 to 120 words, as it would stand beside the picture in a training set. Put tags "
         "into sentences. Add nothing that the note does not say or plainly imply, no camera and no mood. "
         "A name or an invented word in it is a trigger word: keep it as it is spelt, where it names the "
         "subject."

@@ -1,27 +1,21 @@
 """The reasoner on a server that speaks OpenAI's API: OpenAI's own, or any other, on this machine or not.
 
-The key comes from the environment alone. A workflow from a stranger may name any server, so a key goes only
-to the server that the environment names too, unless the user gives variable and server together. No error
-shows a key, though a server may send it back.
+No error shows the key, though a server may send it back. Which key goes where is said in ``server``.
 """
 
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import wait
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit
 
 from .. import harmony
-from ..errors import MissingPackage, ReasonerError, SettingError
+from ..errors import MissingPackage, ReasonerError
 from ..harmony import Conversation
+from .server import KEY_VARIABLE, URL_VARIABLE, Server, check_server, is_own, key_for, origin
 
-KEY_VARIABLE = "OPENAI_API_KEY"
-URL_VARIABLE = "OPENAI_BASE_URL"
-OPENAI_URL = "https://api.openai.com/v1"
 EFFORT_UNSET = "default"
 EFFORTS = (EFFORT_UNSET, *harmony.EFFORTS)
 # What the library wants where there is no key; servers without keys ignore it.
@@ -30,17 +24,6 @@ _NO_KEY = "none"
 _PATIENCE = 0.1
 _SHOWN = 300
 _THOUGHT = ("<think>", "</think>")
-
-
-@dataclass(frozen=True)
-class Server:
-    """Where to ask. ``key_variable`` None is OPENAI_API_KEY, for the environment's own server alone;
-    ``timeout`` is in seconds, for one answer with all its retries."""
-
-    url: str
-    model: str
-    key_variable: str | None = None
-    timeout: float = 60.0
 
 
 @dataclass(frozen=True)
@@ -63,47 +46,6 @@ class Generation:
             "max_tokens": self.max_new_tokens,
             **effort,
         }
-
-
-def default_url() -> str:
-    """The environment's server, or else OpenAI's."""
-    return os.environ.get(URL_VARIABLE, "").strip() or OPENAI_URL
-
-
-def check_server(server: Server) -> None:
-    """Raise SettingError for an address, a model's name, a timeout or a key that cannot be."""
-    try:
-        parts = urlsplit(server.url)
-        known = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-        whole = known and re.fullmatch(r"[!-~]+", server.url) is not None
-    except ValueError:
-        whole = False
-    if not whole:
-        raise SettingError(
-            f"The API's address must begin with http:// or https:// and name a server, got {server.url!r}. "
-            "One on this machine is for example http://127.0.0.1:8080/v1"
-        )
-    if parts.username is not None or parts.password is not None or parts.query:
-        raise SettingError(
-            "The API's address holds a user, a password or a query, which would be kept in workflows and "
-            f"pictures. Put the key into the environment variable {KEY_VARIABLE} instead."
-        )
-    if not server.model.strip():
-        raise SettingError("The API's model has no name. Give the one that the server lists for it.")
-    if not 0 < server.timeout < float("inf"):
-        raise SettingError(f"The timeout must be above 0 seconds, got {server.timeout}.")
-    if server.key_variable is not None and not os.environ.get(server.key_variable):
-        raise SettingError(f"The environment variable {server.key_variable} for the key is not set.")
-    if not re.fullmatch(r"[!-~]*", key_for(server) or ""):
-        name = server.key_variable or KEY_VARIABLE
-        raise SettingError(f"The key in {name} holds a space or a letter that no key has. Set it again.")
-
-
-def key_for(server: Server) -> str | None:
-    """The key that may go to this server, if any."""
-    if server.key_variable is not None:
-        return os.environ.get(server.key_variable)
-    return os.environ.get(KEY_VARIABLE) if _is_own(server.url) else None
 
 
 def ask(
@@ -131,7 +73,7 @@ def ask(
     except (ValueError, RecursionError):
         reason = "did not answer in JSON. Does its address end in /v1?"
     # Not from the library's error: a server may have written the key into that, and logs print it whole.
-    raise ReasonerError(f"The API at {_origin(server.url)} {reason}.")
+    raise ReasonerError(f"The API at {origin(server.url)} {reason}.")
 
 
 async def _complete(
@@ -143,7 +85,7 @@ async def _complete(
         {"role": "system", "content": harmony.valid_text(conversation.instructions)},
         {"role": "user", "content": harmony.valid_text(conversation.prompt)},
     ]
-    own = {} if _is_own(server.url) else _nothing_else(openai)
+    own = {} if is_own(server.url) else _nothing_else(openai)
     with anyio.fail_after(server.timeout):
         async with openai.AsyncOpenAI(
             base_url=server.url, api_key=secret or _NO_KEY, timeout=server.timeout, **own
@@ -154,9 +96,10 @@ async def _complete(
                         model=server.model, messages=messages, **parameters
                     )
                 except openai.BadRequestError as error:
-                    if error.param not in parameters:
+                    refused = str(error.param)  # whatever the server put there
+                    if refused not in parameters:
                         raise
-                    parameters = _without_parameter(parameters, error.param)
+                    parameters = _without_parameter(parameters, refused)
 
 
 def _without_parameter(parameters: dict[str, Any], refused: str) -> dict[str, Any]:
@@ -190,19 +133,19 @@ def _watched(work: Callable[[], Coroutine[Any, Any, Any]], check: Callable[[], N
 def _answer(completion: Any, server: Server) -> str:
     try:
         choice = completion.choices[0]
-        text, finish = choice.message.content, choice.finish_reason
+        text = choice.message.content or ""
     except (AttributeError, IndexError, TypeError):
-        text = finish = completion
-    if text is not None and (not isinstance(text, str) or text is completion):
-        raise ValueError("no chat completion")
-    text = _spoken(text or "").strip()
+        raise ValueError("no chat completion") from None
+    if not isinstance(text, str):
+        raise ValueError("a message that is no text")
+    text = _spoken(text).strip()
     if not text:
         reason = (
             "used up max_new_tokens before the answer began. Raise it, or lower the effort"
-            if finish == "length"
+            if getattr(choice, "finish_reason", None) == "length"
             else "sent an empty answer. Try another seed or model"
         )
-        raise ReasonerError(f"The API at {_origin(server.url)} {reason}.")
+        raise ReasonerError(f"The API at {origin(server.url)} {reason}.")
     return text
 
 
@@ -235,7 +178,7 @@ def _reason(openai: Any, error: Any, server: Server, secret: str | None) -> str:
 def _key_advice(server: Server) -> str:
     if server.key_variable is not None:
         return f"the key in {server.key_variable} is not accepted"
-    if not _is_own(server.url):
+    if not is_own(server.url):
         return (
             f"a key goes only to the server that the environment names. Start with {URL_VARIABLE} set to "
             f"this address and {KEY_VARIABLE} to its key"
@@ -259,25 +202,6 @@ def _shortened(text: str) -> str:
 
 def _without(secret: str | None, text: str) -> str:
     return text.replace(secret, "***") if secret else text
-
-
-def _origin(url: str) -> str:
-    parts = urlsplit(url)
-    return f"{parts.scheme}://{parts.netloc}"
-
-
-def _is_own(url: str) -> bool:
-    """Whether the environment names this server, so that what it holds for one may go there."""
-    try:
-        return _address(url) == _address(default_url())
-    except ValueError:  # no address at all in the environment
-        return False
-
-
-def _address(url: str) -> tuple[str, str | None, int | None]:
-    parts = urlsplit(url)
-    port = parts.port or {"http": 80, "https": 443}.get(parts.scheme)
-    return parts.scheme, parts.hostname, port
 
 
 def _openai() -> Any:

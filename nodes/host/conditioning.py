@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
 
 from ...lens_core.config import TEMPLATE_DATE
 from ...lens_core.errors import SettingError
@@ -15,6 +20,8 @@ from .settings import one_of
 log = logging.getLogger(__name__)
 
 DATES = ("pinned", "today")
+ONE, LINES, BARS = "one prompt", "one a line", "split at |"
+SEVERAL = (ONE, LINES, BARS)
 
 
 def date_of(choice: str) -> str:
@@ -22,11 +29,19 @@ def date_of(choice: str) -> str:
     return today() if one_of("template_date", choice, DATES) == "today" else TEMPLATE_DATE
 
 
+def split_prompts(prompt: str, several: str) -> list[str]:
+    """The prompts in a text by an option of SEVERAL; blank parts are none, but a blank text is one prompt."""
+    if one_of("several", several, SEVERAL) == ONE:
+        return [prompt]
+    parts = prompt.splitlines() if several == LINES else prompt.split("|")
+    return [part.strip() for part in parts if part.strip()] or [prompt]
+
+
 def encode_pair(
-    clip: Any, prompt: str, negative: str, *, extended: bool, date: str, node_id: str | None
+    clip: Any, prompt: str, negative: str, *, several: str, extended: bool, date: str, node_id: str | None
 ) -> tuple[list, list]:
     """Positive and negative conditioning, and the token count on the node; raises SettingError where a
-    link brought no CLIP or no text."""
+    link brought no CLIP or no text. Of several prompts the positive is a batch."""
     if clip is None:
         raise SettingError(
             "No text encoder arrived: the loader before gave none. Expected a CLIP from "
@@ -38,17 +53,46 @@ def encode_pair(
     if not prompt.strip():
         log.warning("The prompt is empty: the picture will follow no description.")
     options = {"extended": extended, "date": date}
-    say(report(clip, prompt, negative, **options), node_id)
-    positive = clip.encode_from_tokens_scheduled(clip.tokenize(prompt, keep_empty=True, **options))
-    return positive, clip.encode_from_tokens_scheduled(clip.tokenize(negative, **options))
+    prompts = split_prompts(prompt, several)
+    say(report(clip, prompts, negative, **options), node_id)
+    encoded = [
+        clip.encode_from_tokens_scheduled(clip.tokenize(text, keep_empty=True, **options)) for text in prompts
+    ]
+    return as_batch(encoded), clip.encode_from_tokens_scheduled(clip.tokenize(negative, **options))
 
 
-def report(clip: Any, prompt: str, negative: str, *, extended: bool, date: str) -> str:
-    """What the node shows: the prompt's tokens, and what is cut from prompt and negative."""
+def as_batch(encoded: Sequence[list]) -> list:
+    """Conditionings of one prompt each as one whose rows are the prompts, the shorter ones padded at the end
+    and masked there; hooks on the CLIP may have made a schedule of entries, the same for all."""
+    if len(encoded) == 1:
+        return encoded[0]
+    return [_stacked([tuple(entry) for entry in entries]) for entries in zip(*encoded, strict=True)]
+
+
+def _stacked(entries: Sequence[tuple[Tensor, dict[str, Any]]]) -> list:
+    """One entry [B, S, L * H] of entries [1, S_i, L * H]; a mask [B, S] only where lengths differ."""
+    lengths = [features.shape[1] for features, _ in entries]
+    longest = max(lengths)
+    rows = [pad(features, (0, 0, 0, longest - features.shape[1])) for features, _ in entries]
+    details = {name: value for name, value in entries[0][1].items() if name != "attention_mask"}
+    masks = [details_of.get("attention_mask") for _, details_of in entries]
+    if len(set(lengths)) > 1 or any(mask is not None for mask in masks):
+        real = [
+            torch.ones(1, length, dtype=torch.long) if mask is None else mask.cpu()
+            for mask, length in zip(masks, lengths, strict=True)
+        ]
+        details["attention_mask"] = torch.cat([pad(row, (0, longest - row.shape[1])) for row in real])
+    return [torch.cat(rows), details]
+
+
+def report(clip: Any, prompts: Sequence[str], negative: str, *, extended: bool, date: str) -> str:
+    """What the node shows: the prompts' tokens, and what is cut from them and the negative."""
     if not isinstance(getattr(clip, "tokenizer", None), HostTokenizer):
         changed = extended or date != TEMPLATE_DATE
         return "This CLIP knows neither extended nor template_date: they do nothing." if changed else ""
-    lines = [_token_report(clip.tokenizer, prompt, extended=extended, date=date)]
+    lines = [_token_report(clip.tokenizer, prompt, extended=extended, date=date) for prompt in prompts]
+    if len(prompts) > 1:
+        lines.insert(0, f"{len(prompts)} prompts: set the latent's batch_size to {len(prompts)}.")
     if clip.tokenizer.tokens(negative, extended=extended, date=date).cut:
         lines.append("Negative: " + _token_report(clip.tokenizer, negative, extended=extended, date=date))
     return "\n".join(lines)

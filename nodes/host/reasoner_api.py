@@ -11,7 +11,8 @@ import comfy.model_management
 
 from ...lens_core.errors import ReasonerError, SettingError
 from ...lens_core.reasoner import PRESETS, Rewritten, rewrite
-from ...lens_core.reasoner.remote import EFFORTS, Generation, Server, ask, default_url
+from ...lens_core.reasoner.remote import EFFORTS, Generation, ask
+from ...lens_core.reasoner.server import Server, default_url
 from .progress import say
 from .settings import one_of
 

@@ -95,13 +95,13 @@ def test_greedy_tokens_are_those_of_transformers(text, head, reference, prompt: 
 
 def test_the_same_seed_draws_the_tokens_of_transformers(text, head, reference):
     ids, sampling = random_ids(text, 30), Sampling(temperature=0.7, top_k=50, seed=11)
-    got = written(text, head, ids, 20, sampling)
-    assert got == written(text, head, ids, 20, sampling) != written(text, head, ids, 20, Sampling(seed=12))
+    got = written(text, head, ids, 12, sampling)
+    assert got == written(text, head, ids, 12, sampling) != written(text, head, ids, 12, Sampling(seed=12))
     torch.manual_seed(11)
-    assert got == reference(ids, 20, temperature=0.7, top_k=50)
+    assert got == reference(ids, 12, temperature=0.7, top_k=50)
 
 
-@pytest.mark.parametrize("prompt, more", [(100, 60), (200, 3), (500, 20)], ids=str)
+@pytest.mark.parametrize("prompt, more", [(100, 40), (200, 3), (500, 20)], ids=str)
 def test_cached_steps_equal_a_full_run(text, head, prompt: int, more: int):
     """Into the ring, around it, and past the first 511 rows of the full layers. fp32 (6e-8) through 24 layers
     that sum in another order: 2e-6 as measured."""

@@ -13,7 +13,8 @@ from aiohttp import web
 
 from lens_core.errors import MissingPackage, ReasonerError, SettingError
 from lens_core.reasoner import request
-from lens_core.reasoner.remote import Generation, Server, ask, check_server
+from lens_core.reasoner.remote import Generation, ask
+from lens_core.reasoner.server import Server, check_server
 from tests.api_server import ApiServer, completion, refusal, serving
 
 KEY = "sk-very-secret-0123456789"
@@ -106,6 +107,8 @@ FAILURES = {
     "a number": ({**completion("x"), "choices": [{"message": {"content": 3}}]}, "end in /v1"),
     "empty": (completion(" \n"), "empty answer"),
     "nothing": (completion(None), "empty answer"),
+    "no finish_reason": ({"choices": [{"message": {"content": ""}}]}, "empty answer"),
+    "null": (web.json_response(None), "end in /v1"),
     "only thoughts": (completion("<think>and so on", "length"), "max_new_tokens"),
     "an analysis": (completion(ANALYSIS), "empty answer"),
 }
@@ -136,6 +139,7 @@ def test_a_slow_server_is_left_at_the_timeout(api: ApiServer):
     with pytest.raises(ReasonerError, match=r"no answer in 0\.3 s"):
         ask(to(api, timeout=0.3), TALK)
     assert api.left.wait(5)
+    assert len(api.requests) == 1, "the timeout is for all tries together"
 
 
 def test_whoever_cancels_need_not_wait(api: ApiServer):
@@ -171,8 +175,9 @@ def test_settings_that_a_server_refuses_are_left_out(api: ApiServer):
     assert api.requests[-1]["max_completion_tokens"] == 50
 
 
-def test_another_refusal_is_final(api: ApiServer):
-    api.reply = lambda body: refusal(400, "no", param="messages")
+@pytest.mark.parametrize("named", ["messages", None, ["seed"], {"seed": 1}], ids=str)
+def test_another_refusal_is_final(api: ApiServer, named: Any):
+    api.reply = lambda body: refusal(400, "no", param=named)
     with pytest.raises(ReasonerError, match="400: no"):
         ask(to(api), TALK)
     assert len(api.requests) == 1
@@ -195,6 +200,17 @@ def test_a_key_goes_where_it_belongs(api: ApiServer, monkeypatch, own: bool, var
     assert headers["Authorization"] == f"Bearer {sent or 'none'}"
     assert ("org-secret" in headers.values()) == own
     assert ("gate-secret" in headers.values()) == own
+
+
+def test_a_key_does_not_follow_to_another_server(api: ApiServer, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setenv("OPENAI_BASE_URL", api.url)
+    with serving() as other:
+        place = {"Location": f"{other.url}/chat/completions"}
+        api.reply = lambda body: web.Response(status=307, headers=place)
+        assert ask(to(api), TALK) == "a rewritten prompt"
+        assert api.headers[0]["Authorization"] == f"Bearer {KEY}"
+        assert KEY not in str(other.headers)
 
 
 @pytest.mark.parametrize("where", ["the refusal", "a long refusal", "the answer"])
