@@ -78,7 +78,7 @@ def test_reasoning_is_told_from_the_answer(tiny, write, said):
 
 def test_a_file_without_lm_head(load, write, said):
     clip = load(encoder_name="gpt_oss_tiny_nvfp4.safetensors")
-    with pytest.raises(Exception, match="has no lm_head.*gpt-oss-20b of openai/gpt-oss-20b"):
+    with pytest.raises(Exception, match=r"has no lm_head.*gpt-oss-20b of openai/gpt-oss-20b"):
         write(clip)
     assert not clip.cond_stage_model.text.is_read and not said
 
