@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 # "none" begins the answer at once, without any analysis; the reference reasons with "low".
 EFFORTS = ("none", *harmony.EFFORTS)
 OnText = Callable[[Reply, int], None]
-# Tokens that a retry's reminder adds to the instructions, at most as many as the prompt has beside these.
+# A retry's reminder adds these tokens to the instructions, and at most the prompt's own once more.
 _REMINDER_TOKENS = 64
 # fp32 numbers of each word at once while a token is drawn: logits, scaled, masked, their chances, sorted.
 _LOGITS = 6
@@ -87,7 +87,7 @@ def working_bytes(text: TextEncoder, prompt: str, preset: str, options: LocalOpt
 
 @dataclass
 class _Writer:
-    """Answers a conversation; ``cut`` says that the last answer was too long to be finished."""
+    """Answers a conversation; ``cut``: the last answer was not finished."""
 
     text: TextEncoder
     head: LanguageHead

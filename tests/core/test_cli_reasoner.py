@@ -62,7 +62,7 @@ def test_the_original_is_drawn_where_that_was_chosen(generate: Generate, api: Ap
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (["--reasoner", "me"], "--reasoner must be one of none, api"),
+        (["--reasoner", "me"], "--reasoner must be one of none, local, api"),
         (["--reasoner_preset", "poem"], "--reasoner_preset must be one of general"),
         (["--reasoner_failure", "x"], "--reasoner_failure must be one of error, original"),
         (["--reasoner", "api"], "--api_model"),
