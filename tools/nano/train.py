@@ -112,7 +112,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=1e9, help="of this run")
     parser.add_argument("--finish", action="store_true", help="the training ends when the minutes do")
     parser.add_argument("--batch", type=int, default=256, help="noised pictures a step")
-    parser.add_argument("--rate", type=float, default=1.5e-3)
+    parser.add_argument("--rate", type=float, default=3e-3)
     parser.add_argument("--keep", type=int, default=5000, help="steps between checkpoints")
     parser.add_argument("--pool", type=int, default=8192, help="pictures of each size that are kept")
     parser.add_argument("--renew", type=int, default=8, help="steps between new pictures; alone, four times")
