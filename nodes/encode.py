@@ -36,38 +36,7 @@ class LensTextEncode(io.ComfyNode):
                     optional=True,
                     tooltip="What to avoid. Blank is what Lens was published with; unused at cfg 1.",
                 ),
-                io.Boolean.Input(
-                    "extended",
-                    default=False,
-                    optional=True,
-                    advanced=True,
-                    tooltip=(
-                        "Let prompts above 393 tokens through instead of cutting them at a word. Lens was "
-                        "not trained with them."
-                    ),
-                ),
-                io.Combo.Input(
-                    "template_date",
-                    options=list(DATES),
-                    default="pinned",
-                    optional=True,
-                    advanced=True,
-                    tooltip=(
-                        "The date in the chat text around the prompt. pinned: always the same, so a prompt "
-                        "always means the same. today: as the published program, which changes daily."
-                    ),
-                ),
-                io.Combo.Input(
-                    "several",
-                    options=list(SEVERAL),
-                    default=ONE,
-                    optional=True,
-                    advanced=True,
-                    tooltip=(
-                        "Draw each line, or each part between |, as a prompt of its own, one picture each: "
-                        "set the latent's batch_size to their number."
-                    ),
-                ),
+                *_options(),
             ],
             hidden=[io.Hidden.unique_id],
             outputs=[
@@ -127,3 +96,41 @@ class LensClearFeatureCache(io.ComfyNode):
     def execute(cls) -> io.NodeOutput:
         say(clear_features(), getattr(cls.hidden, "unique_id", None))
         return io.NodeOutput()
+
+
+def _options() -> list[io.Input]:
+    """What few prompts need."""
+    return [
+        io.Boolean.Input(
+            "extended",
+            default=False,
+            optional=True,
+            advanced=True,
+            tooltip=(
+                "Let prompts above 393 tokens through instead of cutting them at a word. Lens was "
+                "not trained with them."
+            ),
+        ),
+        io.Combo.Input(
+            "template_date",
+            options=list(DATES),
+            default="pinned",
+            optional=True,
+            advanced=True,
+            tooltip=(
+                "The date in the chat text around the prompt. pinned: always the same, so a prompt "
+                "always means the same. today: as the published program, which changes daily."
+            ),
+        ),
+        io.Combo.Input(
+            "several",
+            options=list(SEVERAL),
+            default=ONE,
+            optional=True,
+            advanced=True,
+            tooltip=(
+                "Draw each line, or each part between |, as a prompt of its own, one picture each: "
+                "set the latent's batch_size to their number."
+            ),
+        ),
+    ]

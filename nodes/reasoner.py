@@ -48,39 +48,7 @@ class LensReasoner(io.ComfyNode):
                         "LoRA's training caption from notes or tags."
                     ),
                 ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=True,
-                    tooltip="Another seed, another prompt; the same one gives the same on the same GPU.",
-                ),
-                io.Float.Input(
-                    "temperature",
-                    default=0.7,
-                    min=0.0,
-                    max=2.0,
-                    step=0.05,
-                    tooltip="How freely words are drawn. 0: always the likeliest, whatever the seed.",
-                ),
-                io.Int.Input(
-                    "max_new_tokens",
-                    default=4096,
-                    min=16,
-                    max=16384,
-                    advanced=True,
-                    tooltip="Where writing ends at the latest, reasoning included.",
-                ),
-                io.Combo.Input(
-                    "effort",
-                    options=list(EFFORTS),
-                    default="low",
-                    tooltip=(
-                        "How much it reasons before it writes. low: as published. none: not at all, fastest. "
-                        "medium and high: longer."
-                    ),
-                ),
+                *_writing(),
             ],
             hidden=[io.Hidden.unique_id],
             outputs=[io.String.Output(display_name="prompt", tooltip="For LensTextEncode's prompt.")],
@@ -102,3 +70,42 @@ class LensReasoner(io.ComfyNode):
         )
         node_id = getattr(cls.hidden, "unique_id", None)
         return io.NodeOutput(write_prompt(clip, prompt, one_of("preset", preset, PRESETS), options, node_id))
+
+
+def _writing() -> list[io.Input]:
+    """How it is written."""
+    return [
+        io.Int.Input(
+            "seed",
+            default=0,
+            min=0,
+            max=0xFFFFFFFFFFFFFFFF,
+            control_after_generate=True,
+            tooltip="Another seed, another prompt; the same one gives the same on the same GPU.",
+        ),
+        io.Float.Input(
+            "temperature",
+            default=0.7,
+            min=0.0,
+            max=2.0,
+            step=0.05,
+            tooltip="How freely words are drawn. 0: always the likeliest, whatever the seed.",
+        ),
+        io.Int.Input(
+            "max_new_tokens",
+            default=4096,
+            min=16,
+            max=16384,
+            advanced=True,
+            tooltip="Where writing ends at the latest, reasoning included.",
+        ),
+        io.Combo.Input(
+            "effort",
+            options=list(EFFORTS),
+            default="low",
+            tooltip=(
+                "How much it reasons before it writes. low: as published. none: not at all, fastest. "
+                "medium and high: longer."
+            ),
+        ),
+    ]

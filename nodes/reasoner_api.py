@@ -60,21 +60,7 @@ class LensReasonerAPI(io.ComfyNode):
                     tooltip="Another seed asks again. The same one need not give the same answer.",
                 ),
                 *_generation(),
-                io.Float.Input(
-                    "timeout",
-                    default=60.0,
-                    min=1.0,
-                    max=3600.0,
-                    step=1.0,
-                    advanced=True,
-                    tooltip="Seconds to wait for an answer.",
-                ),
-                io.Combo.Input(
-                    "on_failure",
-                    options=list(ON_FAILURE),
-                    default=ERROR,
-                    tooltip="Without an answer: stop with an error, or draw the original prompt.",
-                ),
+                *_waiting(),
             ],
             hidden=[io.Hidden.unique_id],
             outputs=[io.String.Output(display_name="prompt", tooltip="For LensTextEncode.")],
@@ -132,5 +118,26 @@ def _generation() -> list[io.Input]:
             default=usual.effort,
             advanced=True,
             tooltip="How much the model thinks first, where it can; default: as the server sets it.",
+        ),
+    ]
+
+
+def _waiting() -> list[io.Input]:
+    """How long to wait, and what then."""
+    return [
+        io.Float.Input(
+            "timeout",
+            default=60.0,
+            min=1.0,
+            max=3600.0,
+            step=1.0,
+            advanced=True,
+            tooltip="Seconds to wait for an answer.",
+        ),
+        io.Combo.Input(
+            "on_failure",
+            options=list(ON_FAILURE),
+            default=ERROR,
+            tooltip="Without an answer: stop with an error, or draw the original prompt.",
         ),
     ]

@@ -191,6 +191,22 @@ def stock_lens(host: Host, tiny_folder: Path) -> Callable[..., Any]:
 
 
 @pytest.fixture
+def said(host: Host, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What the page is told of the node 7."""
+    from server import PromptServer
+
+    lines: list[str] = []
+
+    class Page:
+        def send_progress_text(self, text, node_id, sid=None) -> None:
+            assert node_id == "7"
+            lines.append(text)
+
+    monkeypatch.setattr(PromptServer, "instance", Page(), raising=False)
+    return lines
+
+
+@pytest.fixture
 def progress(host: Host, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, int, Any]]]:
     """Everything that progress bars report during the test: (done, total, preview)."""
     import comfy.utils

@@ -18,22 +18,6 @@ def _brief_rules(host, monkeypatch):
 
 
 @pytest.fixture
-def said(monkeypatch):
-    """What the page is told."""
-    from server import PromptServer
-
-    lines: list[str] = []
-
-    class Page:
-        def send_progress_text(self, text, node_id, sid=None) -> None:
-            assert node_id == "7"
-            lines.append(text)
-
-    monkeypatch.setattr(PromptServer, "instance", Page(), raising=False)
-    return lines
-
-
-@pytest.fixture
 def write(host, monkeypatch):
     """LensReasoner as ComfyUI runs it, with an id; every text is shown."""
     from comfy_api.latest import io

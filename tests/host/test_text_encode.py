@@ -20,22 +20,6 @@ LONG = " ".join(f"word{index}" for index in range(120))
 
 
 @pytest.fixture
-def said(host, monkeypatch):
-    """What the page is told."""
-    from server import PromptServer
-
-    lines: list[str] = []
-
-    class Page:
-        def send_progress_text(self, text, node_id, sid=None) -> None:
-            assert node_id == "7"
-            lines.append(text)
-
-    monkeypatch.setattr(PromptServer, "instance", Page(), raising=False)
-    return lines
-
-
-@pytest.fixture
 def encode(host):
     """LensTextEncode as ComfyUI runs it, with an id: (positive, negative) features."""
     from comfy_api.latest import io
