@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import math
 import os
 import random
 import sys
@@ -37,6 +36,7 @@ from benchmarks.common import RESULTS, ROOT, write
 from benchmarks.quality_models import BAD, Mode, modes
 from lens_core.config import LENS, LENS_TURBO
 from lens_core.quant.policy import NONE
+from lens_core.sampling.schedule import shifted
 from tools.nano.captions import plain_caption
 from tools.nano.checker import judge, shares
 from tools.nano.sample import Parts, draw
@@ -78,7 +78,7 @@ def held_out(count: int, seed: int = 0) -> list[Scene]:
 def constant_shift(steps: int, tokens: int, mu: float = 1.15) -> Tensor:
     """A schedule whose shift does not know the number of tokens and steps."""
     times = torch.linspace(1, 1 / steps, steps, dtype=torch.float64)
-    levels = math.exp(mu) / (math.exp(mu) + 1 / times - 1)
+    levels = shifted(times, mu)
     return torch.cat([levels, levels.new_zeros(1)]).float()
 
 

@@ -24,17 +24,16 @@ log = logging.getLogger(__name__)
 
 def check_reasoner(args: argparse.Namespace) -> None:
     """Raise SettingError for flags of the reasoner that cannot be; nothing is asked yet."""
-    if args.reasoner not in REASONERS:
-        raise SettingError(f"--reasoner must be one of {', '.join(REASONERS)}, got {args.reasoner}.")
-    if args.reasoner_preset not in PRESETS:
-        listed = ", ".join(PRESETS)
-        raise SettingError(f"--reasoner_preset must be one of {listed}, got {args.reasoner_preset}.")
-    if args.reasoner_effort not in EFFORTS:
-        listed = ", ".join(EFFORTS)
-        raise SettingError(f"--reasoner_effort must be one of {listed}, got {args.reasoner_effort}.")
-    if args.reasoner_failure not in REASONER_FAILURES:
-        listed = ", ".join(REASONER_FAILURES)
-        raise SettingError(f"--reasoner_failure must be one of {listed}, got {args.reasoner_failure}.")
+    known = {
+        "reasoner": REASONERS,
+        "reasoner_preset": PRESETS,
+        "reasoner_effort": EFFORTS,
+        "reasoner_failure": REASONER_FAILURES,
+    }
+    for flag, names in known.items():
+        given = getattr(args, flag)
+        if given not in names:
+            raise SettingError(f"--{flag} must be one of {', '.join(names)}, got {given}.")
     if args.reasoner == API:
         if args.api_model is None:
             raise SettingError("--reasoner api needs --api_model, the model's name on the server.")

@@ -28,15 +28,18 @@ def empirical_mu(tokens: int, steps: int) -> float:
     return slope * steps + at_200 - 200 * slope
 
 
-def sigmas(steps: int, tokens: int) -> Tensor:
-    """Noise levels [steps + 1] in fp32, from 1 down to a final 0.
+def shifted(times: Tensor, mu: float) -> Tensor:
+    """Noise levels e^mu / (e^mu + 1/t - 1) of times t in [0, 1]; 0 at t = 0."""
+    shift = math.exp(mu)
+    return shift / (shift + 1 / times - 1)
 
-    sigma = e^mu / (e^mu + 1/t - 1) for ``steps`` even times t from 1 to 1/steps.
-    """
+
+def sigmas(steps: int, tokens: int) -> Tensor:
+    """Noise levels [steps + 1] in fp32, from 1 down to a final 0: ``shifted``, of ``steps`` even times from 1
+    to 1/steps."""
     _check_steps(steps)
     times = torch.linspace(1, 1 / steps, steps, dtype=torch.float64)
-    shift = math.exp(empirical_mu(tokens, steps))
-    levels = shift / (shift + 1 / times - 1)
+    levels = shifted(times, empirical_mu(tokens, steps))
     return torch.cat([levels, levels.new_zeros(1)]).float()
 
 

@@ -19,8 +19,8 @@ from torch import Tensor
 from lens_core.config import LENS, LENS_TURBO
 from lens_core.denoiser import LensDenoiser
 from lens_core.ops import sdpa
-from lens_core.sampling import norm_rescaled_guidance, sigmas
-from lens_core.sampling.schedule import empirical_mu
+from lens_core.sampling import norm_rescaled_guidance, sigmas, token_grid
+from lens_core.sampling.schedule import empirical_mu, shifted
 
 from .configs import DENOISER
 from .denoiser import TrainedDenoiser
@@ -36,9 +36,8 @@ STEPS = LENS_TURBO.steps
 
 def levels_between(first: int, tokens: int, parts: int) -> Tensor:
     """Noise levels [parts + 1] from the student's ``first`` to its next, even in the schedule's time."""
-    shift = torch.tensor(empirical_mu(tokens, STEPS), dtype=torch.float64).exp()
     times = torch.linspace(1 - first / STEPS, 1 - (first + 1) / STEPS, parts + 1, dtype=torch.float64)
-    return (shift * times / (shift * times + 1 - times)).float()
+    return shifted(times, empirical_mu(tokens, STEPS)).float()
 
 
 class Distillation:
@@ -48,7 +47,7 @@ class Distillation:
         self, models: Models, student: LensDenoiser, masters: Masters, size: Size, parts: int, scale: float
     ) -> None:
         self.models, self.student, self.masters = models, student, masters
-        self.grid, self.scale = (size[0] // 16, size[1] // 16), scale
+        self.grid, self.scale = token_grid(*size), scale
         tokens = self.grid[0] * self.grid[1]
         self.levels = sigmas(STEPS, tokens).to(models.device)
         self.between = [levels_between(first, tokens, parts).to(models.device) for first in range(STEPS)]
@@ -109,14 +108,13 @@ def distil(args: argparse.Namespace) -> bool:
         first = kept["step"]
         torch.manual_seed(args.seed + first)
     lessons = {size: Distillation(models, student, masters, size, args.parts, LENS.cfg) for size in SIZES}
-    encode = Recorded(torch.no_grad()(lambda tails: models.encoder(models.prefix, tails)[0]))
     feed = batches(models.tokenizer_json, args.batch, args.workers, args.seed + 77 + first)
     curves, rng = Curves(args.out / "distill.json"), random.Random(args.seed + first)
     clock, index = Clock(args.minutes, args.finish), first
     while clock.share(index, args.steps) < 1 and not clock.over():
         batch, part = next(feed), rng.randrange(STEPS)
         masters.rate.fill_(rate_at(index, clock.share(index, args.steps), args.rate, warm_up=100))
-        text = encode(batch.tails.to(device))
+        text = models.features(batch.tails.to(device))
         error, norm = lessons[batch.size](part, text, batch.real.to(device))
         # Each step's own error; a hundred of them hold each part some 25 times.
         values = torch.zeros(len(NAMES), device=device)

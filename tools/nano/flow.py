@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from lens_core.denoiser import LensDenoiser
 from lens_core.ops import sdpa
-from lens_core.sampling.noise import grid_to_tokens
+from lens_core.sampling import grid_to_tokens, token_grid
 
 from .encoder import TrainedEncoder
 from .scenes import SIZES
@@ -18,7 +19,7 @@ from .training import Masters
 
 # Of the paper: the mean of the logit-normal noise levels grows with the number of tokens.
 _MU = (1.0, 1.3)
-_TOKENS = tuple(sorted(height // 16 * (width // 16) for height, width in SIZES))
+_TOKENS = tuple(sorted(math.prod(token_grid(*size)) for size in SIZES))
 # Of the captions, so many are left out for guidance.
 DROPPED = 0.1
 _LANGUAGE = 0.05

@@ -18,6 +18,7 @@ from .encoder import TrainedEncoder
 from .export import export
 from .flow import initialise
 from .tokenizer import train_tokenizer
+from .training import Recorded
 
 
 class Models:
@@ -39,6 +40,8 @@ class Models:
         self.denoiser = TrainedDenoiser(DENOISER)
         initialise(self.denoiser)
         self.denoiser.to(device, torch.bfloat16)
+        # Of ids [B, S] after the prefix: features [B, S, L, H], without gradients.
+        self.features = Recorded(torch.no_grad()(lambda tails: self.encoder(self.prefix, tails)[0]))
 
     @torch.no_grad()
     def latents(self, images: Tensor) -> Tensor:

@@ -11,7 +11,6 @@ from .feed import Batch
 from .models import Models
 from .scenes import SIZES, Size
 from .train_vae import pictures
-from .training import Recorded
 
 
 class Pool:
@@ -25,7 +24,6 @@ class Pool:
         """``room``: pictures of each size; it is filled at once. ``features``: keep them for the tokens, of
         an encoder that learns no more."""
         self.models, self.feed, self.room, self.features = models, feed, room, features
-        self._encode = Recorded(torch.no_grad()(lambda tails: models.encoder(models.prefix, tails)[0]))
         self._kept: dict[Size, list[Tensor]] = {}
         self._count = dict.fromkeys(SIZES, 0)
         while min(self._count.values()) < room:
@@ -36,7 +34,7 @@ class Pool:
         batch, device = next(self.feed), self.models.device
         text = batch.tails.to(device)
         if self.features:
-            text = self._encode(text)
+            text = self.models.features(text)
         new = (self.models.latents(pictures(batch, device)), batch.real.to(device), text)
         if batch.size not in self._kept:
             self._kept[batch.size] = [part.new_zeros(self.room, *part.shape[1:]) for part in new]

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple, TypeVar
 
+from lens_core.sampling import BUCKETS
+
 from .glyphs import FONTS, line_width
 
 Colour = tuple[int, int, int]
@@ -42,10 +44,7 @@ WORDS = (
 NUMBERS = tuple(str(number) for number in range(100))
 
 # (height, width): the nine aspect ratios at about 256 image tokens.
-SIZES: tuple[Size, ...] = (
-    *((352, 176), (336, 192), (320, 208), (304, 224), (256, 256)),
-    *((224, 304), (208, 320), (192, 336), (176, 352)),
-)
+SIZES: tuple[Size, ...] = tuple(BUCKETS[256].values())
 # Pixels across; a picture's token is 16, so that even a small shape has a few.
 ACROSS = {"small": (34.0, 46.0), "large": (60.0, 88.0)}
 SMALL_BELOW = 53.0

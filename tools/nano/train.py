@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from lens_core.sampling import token_grid
+
 from .feed import batches
 from .flow import NAMES, FlowStep
 from .models import Models, write
@@ -61,7 +63,7 @@ class Training:
         )
 
         def recorded(size: Size) -> Recorded:
-            grid = (size[0] // 16, size[1] // 16)
+            grid = token_grid(*size)
             step = FlowStep(models.encoder, models.denoiser, masters, models.prefix, grid, copies)
             return Recorded(step.together if joint else step.alone)
 
