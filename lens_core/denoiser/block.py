@@ -112,9 +112,7 @@ class JointAttention(nn.Module):
         """To queries, keys and values: the image's and the text's."""
         return self.img_qkv, self.txt_qkv
 
-    def forward(
-        self, streams: Sequence[Tensor], normed: Sequence[Inputs], shared: Shared, image_only: bool
-    ) -> list[Tensor]:
+    def forward(self, normed: Sequence[Inputs], shared: Shared, image_only: bool) -> list[Tensor]:
         """Norms of streams [B, T, H] -> the updates; only the image's if no one will read the text's."""
         qkv = shared.apply(self.projections(), normed)
         outs = (self.to_out[0], self.to_add_out)
@@ -200,7 +198,7 @@ class LensBlock(nn.Module):
         The updates are not added yet: that is one step with the next block's first norm.
         """
         kernels = shared.kernels
-        updates = self.attn(streams, normed, shared, self.last)
+        updates = self.attn(normed, shared, self.last)
         norms = (self.img_norm2, self.txt_norm2)
         rows = _rows(norms, zip(streams, updates, tables, strict=False), tables, shared)
         mlps = (self.img_mlp, self.txt_mlp)[: len(rows)]

@@ -78,7 +78,7 @@ class TwoPrompts:
     options: NagOptions
 
     def split(self, x: Tensor, image: int, dim: int) -> tuple[Tensor, Tensor]:
-        """x, along ``dim`` ``image`` tokens' and both prompts' -> image's and wanted's, image's and unwanted's."""
+        """x, along ``dim`` of ``image`` tokens, then both prompts -> image and wanted; image and unwanted."""
         middle = image + self.wanted
         ours, _, rest = x.tensor_split((image, middle), dim)
         return x.narrow(dim, 0, middle), torch.cat([ours, rest], dim)

@@ -1,6 +1,6 @@
 """Noise levels, guidance, the Euler loop, starting noise and sizes."""
 
-from .guidance import norm_rescaled_guidance, scale_at
+from .guidance import is_guided, norm_rescaled_guidance, scale_at
 from .loop import euler
 from .noise import grid_to_tokens, reference_noise, tokens_to_grid
 from .resolution import (
@@ -23,6 +23,7 @@ __all__ = [
     "empirical_mu",
     "euler",
     "grid_to_tokens",
+    "is_guided",
     "nearest_bucket",
     "norm_rescaled_guidance",
     "partial_sigmas",

@@ -211,7 +211,7 @@ def test_a_layer_with_lens_own_heads(fused: bool):
     block_kernels = replace(EAGER_BLOCK, attend=OverwritingKernels.attend) if fused else EAGER_BLOCK
     shared = shared_by(layer, block_kernels, joint, TwoPrompts(5, STRONG))
     streams = [img, torch.cat([txt, other], 1)]
-    got = layer(streams, [x.clone() for x in streams], shared, False)
+    got = layer(streams, shared, False)
 
     def qkv(linear: nn.Module, x: Tensor, q: Any, k: Any) -> list[Tensor]:
         parts = linear(x).view(*x.shape[:2], 3, -1, 64).unbind(2)
