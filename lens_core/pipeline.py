@@ -157,7 +157,8 @@ class LensPipeline:
         asked = [prompt, *([negative] if negative.strip() and (cfg != 1 or nag.scale) else ())]
         split = self.text.file.tokenizer.split
         tokens = max(len(split(self._ids(text))[1]) for text in (*asked, *later))
-        picture = Picture(*size, noise.shape[0], tokens, steps)
+        both = 2 if cfg == 1 and nag.scale else 1  # prompt and negative in one forward
+        picture = Picture(*size, noise.shape[0], both * tokens, steps)
         draw = partial(
             self._draw,
             asked,

@@ -121,18 +121,20 @@ class JointAttention(nn.Module):
         return shared.apply(outs, self._guided(qkv, shared.prompts, shared, image_only))
 
     def _guided(
-        self, qkv: Sequence[Tensor], prompts: TwoPrompts, shared: Shared, image_only: bool
+        self, qkv: list[Tensor], prompts: TwoPrompts, shared: Shared, image_only: bool
     ) -> list[Tensor]:
-        """``_answers`` where the text is two prompts: the image's moved away from the unwanted one's."""
+        """``_answers`` where the text is two prompts: the image's are moved away from the unwanted."""
         img, txt = qkv
         tokens = img.shape[1]
         rotary = prompts.split(shared.rotary, tokens, 1)
         masks = (None, None) if shared.mask is None else prompts.split(shared.mask, tokens, -1)
-        texts = txt.tensor_split((prompts.wanted,), 1)
-        images = (img.clone(), img)  # the first may be overwritten
+        ours, theirs = txt.tensor_split((prompts.wanted,), 1)
+        pairs = [list(streams_of(img.clone(), ours)), list(streams_of(img, theirs))]  # a copy to overwrite
+        qkv.clear()
+        del img, txt, ours, theirs
         wanted, unwanted = (
-            self._answers([image, text] if text.shape[1] else [image], turns, mask, shared, image_only)
-            for image, text, turns, mask in zip(images, texts, rotary, masks, strict=True)
+            self._answers(pair, turns, mask, shared, image_only)
+            for pair, turns, mask in zip(pairs, rotary, masks, strict=True)
         )
         guided = guide(wanted[0], unwanted[0], prompts.options)
         rest = [*wanted[1:], *unwanted[1:]]

@@ -88,14 +88,17 @@ NODES = {
         "Lens Sampler",
         [
             *("model", "positive", "negative", "latent", "seed", "steps", "cfg", "noise", "denoise"),
-            *("guidance_start", "guidance_end"),
+            *("guidance_start", "guidance_end", "nag_scale", "nag_tau", "nag_alpha"),
         ],
         [("LATENT", "LATENT")],
     ),
     "LensScheduler": ("Lens Scheduler", ["steps", "latent", "denoise"], [("SIGMAS", "SIGMAS")]),
     "LensGuider": (
         "Lens Guider",
-        ["model", "positive", "negative", "cfg", "guidance_start", "guidance_end"],
+        [
+            *("model", "positive", "negative", "cfg", "guidance_start", "guidance_end"),
+            *("nag_scale", "nag_tau", "nag_alpha"),
+        ],
         [("GUIDER", "GUIDER")],
     ),
     "LensNoise": ("Lens Noise", ["seed"], [("NOISE", "NOISE")]),
@@ -241,6 +244,16 @@ def test_settings(host, node_id, name):
     assert entry[1]["default"] == default
 
 
+# What came after the first version, and its default.
+GUIDANCE_SETTINGS = {
+    "guidance_start": 0.0,
+    "guidance_end": 1.0,
+    "nag_scale": 0.0,
+    "nag_tau": 2.5,
+    "nag_alpha": 0.25,
+}
+
+
 def test_what_older_workflows_lack_is_optional(host):
     """A workflow of the first version names an encoder, a prompt and a negative; nothing else."""
     optional = {
@@ -257,10 +270,7 @@ def test_what_older_workflows_lack_is_optional(host):
         ("LensEncoderLoader", "placement"),
         ("LensEncoderLoader", "experts"),
         ("LensEncoderLoader", "feature_cache"),
-        ("LensSampler", "guidance_start"),
-        ("LensSampler", "guidance_end"),
-        ("LensGuider", "guidance_start"),
-        ("LensGuider", "guidance_end"),
+        *((node_id, name) for node_id in ("LensSampler", "LensGuider") for name in GUIDANCE_SETTINGS),
         ("LensQuantizeModel", "file_name"),
         ("LensQuantizeModel", "overwrite"),
         ("LensLoraLoader", "block_strengths"),
@@ -287,7 +297,7 @@ def test_widgets_of_older_workflows_keep_their_places(host, node_id, widgets, se
     node = {"id": 1, "type": node_id, "widgets_values": widgets}
     info = {node_id: {"input": host.node_classes[node_id].INPUT_TYPES()}}
     prompt = to_prompt({"nodes": [node], "links": []}, info)
-    assert prompt["1"]["inputs"] == {**settings, "guidance_start": 0.0, "guidance_end": 1.0}
+    assert prompt["1"]["inputs"] == {**settings, **GUIDANCE_SETTINGS}
 
 
 class _EchoClip:
