@@ -4,6 +4,7 @@ negative avoided by attention."""
 from __future__ import annotations
 
 import logging
+import math
 from functools import cache
 from typing import Any
 
@@ -43,9 +44,9 @@ class IntervalGuider(comfy.samplers.CFGGuider):
         transformer_options = options.get("transformer_options", {})
         inside = self._inside(timestep, transformer_options.get("sample_sigmas"))
         scale = self.cfg if inside else 1.0
-        if inside and self.cfg == 1 and self.nag.scale:
-            avoided = {NAG: self._avoided(x)}
-            options = {**options, "transformer_options": {**transformer_options, **avoided}}
+        avoided = self._avoided(x, timestep) if inside and self.cfg == 1 and self.nag.scale else None
+        if avoided is not None:
+            options = {**options, "transformer_options": {**transformer_options, NAG: avoided}}
         return comfy.samplers.sampling_function(
             self.inner_model, x, timestep, negative, positive, scale, model_options=options, seed=seed
         )
@@ -56,9 +57,17 @@ class IntervalGuider(comfy.samplers.CFGGuider):
             return True
         return is_guided(timestep.max().item(), sigmas.tolist(), self.guided)
 
-    def _avoided(self, x: Tensor) -> Negative:
-        """The negative's first entry, as the run has prepared it; no text is a prompt of no tokens."""
-        entries = self.conds.get("negative") or [{"model_conds": {}}]
+    def _avoided(self, x: Tensor, timestep: Tensor) -> Negative | None:
+        """The negative's entry for this noise level, as the run has prepared it: the first if there are more,
+        None if there is none now. A negative without text is a prompt of no tokens."""
+        level = timestep.max().item()
+        entries = [
+            entry
+            for entry in self.conds.get("negative") or [{"model_conds": {}}]
+            if entry.get("timestep_end", 0) <= level <= entry.get("timestep_start", math.inf)
+        ]
+        if not entries:
+            return None
         if len(entries) > 1:
             _say_first()
         parts = {name: part.cond for name, part in entries[0]["model_conds"].items()}

@@ -21,16 +21,16 @@ from lens_core.denoiser import (
     StepCache,
     StepCacheOptions,
 )
-from lens_core.denoiser.block import JointAttention, Shared
+from lens_core.denoiser.block import JointAttention
 from lens_core.denoiser.nag import TwoPrompts, guide, without_effect
-from lens_core.denoiser.rope import joint_positions, rotary_table
 from lens_core.errors import SettingError
 from lens_core.interval import WHOLE
-from lens_core.kernels import EAGER_BLOCK, EAGER_LINEAR, BlockKernels
+from lens_core.kernels import EAGER_BLOCK
 from lens_core.kernels import block as kernels
-from lens_core.quantized import form_of
+from lens_core.quantized import quantize_denoiser
 from tests.compare import relative_l2
 from tests.core import graph_cases
+from tests.core.nag_cases import joint_rotary, shared_by
 from tests.reference import nag_line, straight_line
 
 GRID, TOKENS = (5, 3), 15
@@ -61,13 +61,13 @@ def case(tokens: int = 9, batch: int = 1) -> tuple[Tensor, Tensor, Tensor, tuple
 @pytest.mark.parametrize("scale", [0.5, 4.0, 50.0])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_the_formulas(dtype: torch.dtype, scale: float):
-    """In bf16 each of five roundings is 2^-9 of a vector that the scale makes larger before the limit."""
+    """Rounding: a few steps of 2^-9 in bf16. Measured: 7e-16, 4e-7, 2.5e-3."""
     wanted, unwanted = (torch.randn(1, 40, 24 * 64, dtype=torch.float64).to(dtype) for _ in range(2))
     got = guide(wanted, unwanted, NagOptions(scale, 2.5, 0.25))
     want = nag_line.limited(wanted[0].double(), unwanted[0].double(), scale, 2.5, 0.25)
     assert got.dtype == dtype
     assert (
-        relative_l2(got[0], want) < {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 1e-2}[dtype]
+        relative_l2(got[0], want) < {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 5e-3}[dtype]
     )
 
 
@@ -206,10 +206,8 @@ def test_a_layer_with_lens_own_heads(fused: bool):
     config = DenoiserConfig()
     layer = JointAttention(config, nn).requires_grad_(False)
     img, txt, other = (torch.randn(2, count, config.hidden_size) for count in (12, 5, 3))
-    table = rotary_table(joint_positions(4, 3, 5, img.device), config.axes_dims_rope, config.rope_theta)
-    joint = torch.cat([table, table[:, 12:15]], 1)
     block_kernels = replace(EAGER_BLOCK, attend=OverwritingKernels.attend) if fused else EAGER_BLOCK
-    shared = shared_by(layer, block_kernels, joint, TwoPrompts(5, STRONG))
+    shared = shared_by(layer, block_kernels, joint_rotary(config, (4, 3), 5, 3), TwoPrompts(5, STRONG))
     streams = [img, torch.cat([txt, other], 1)]
     got = layer(streams, shared, False)
 
@@ -229,23 +227,19 @@ def test_a_layer_with_lens_own_heads(fused: bool):
         assert relative_l2(got[1][row], layer.to_add_out(torch.cat([out[12:] for out in seen]))) < FP32
 
 
-def shared_by(layer: JointAttention, chosen: BlockKernels, rotary: Tensor, prompts: TwoPrompts) -> Shared:
-    """What a forward would share, for this layer alone."""
-    return Shared(
-        chosen,
-        EAGER_LINEAR,
-        None,
-        rotary,
-        None,
-        lambda norm, _: norm.weight,
-        form_of,
-        lambda *_: None,
-        bounded=(layer,),
-        prompts=prompts,
-    )
-
-
 # Beside it
+
+
+@pytest.mark.parametrize("mode", ["int8_dynamic", "float8_weight_only"])
+def test_quantised_layers(denoiser: LensDenoiser, mode: str):
+    """Off by the weights' and inputs' rounding, measured 0.007 and 0.015; far less than the
+    negative matters."""
+    arguments = case()
+    other = negative(denoiser, features(4))
+    want, without = denoiser(*arguments, negative=other), denoiser(*arguments)
+    quantize_denoiser(denoiser, mode)
+    error = relative_l2(denoiser(*arguments, negative=other), want)
+    assert 1e-5 < error < 0.05 < relative_l2(without, want), (error, relative_l2(without, want))
 
 
 def test_recorded_launches_know_where_the_prompts_part(

@@ -72,6 +72,15 @@ def test_outside_the_guided_steps_it_is_off(draw, negative):
     assert relative_l2(half, nothing) > 0.01 and relative_l2(half, whole) > 0.001
 
 
+def test_a_negative_for_a_part_of_the_steps(host, draw, negative):
+    """By the conditioning itself: above its range there is nothing to avoid."""
+    (early,) = host.run("ConditioningSetTimestepRange", conditioning=negative, start=0.0, end=0.5)
+    (late,) = host.run("ConditioningSetTimestepRange", conditioning=negative, start=0.999, end=1.0)
+    none, got = (draw(negative=text, **STRONG)["samples"] for text in (late, early))
+    assert torch.equal(none, draw(cfg=1.0)["samples"])
+    assert relative_l2(got, none) > 0.01
+
+
 def test_batches_with_padding(draw, tiny, negative):
     """Two prompts of different length in one batch, and a negative for both, equal each alone."""
     prompts = [random_context(1, 9, seed=2), random_context(1, 5, seed=3)]
