@@ -22,7 +22,7 @@ from .denoiser import (
     Negative,
     StepCache,
     StepCacheOptions,
-    without_effect,
+    warn_without_effect,
 )
 from .encoder import no_features
 from .feature_cache import FeatureCache
@@ -151,9 +151,7 @@ class LensPipeline:
         the prompts to come, encoded too while the encoder is there. Where memory runs out after all, once
         more with everything streamed; raises OutOfMemory if that fails too.
         """
-        said = without_effect(cfg, nag, bool(negative.strip()))
-        if said is not None:
-            log.warning("%s", said)
+        warn_without_effect(cfg, nag, bool(negative.strip()))
         asked = [prompt, *([negative] if negative.strip() and (cfg != 1 or nag.scale) else ())]
         split = self.text.file.tokenizer.split
         tokens = max(len(split(self._ids(text))[1]) for text in (*asked, *later))

@@ -1,7 +1,7 @@
 """Latents, text features and noise level to velocity."""
 
 from .graph import BlockGraphs
-from .nag import NAG_OFF, NagOptions, Negative, without_effect
+from .nag import NAG_OFF, NagOptions, Negative, warn_without_effect
 from .run import DenoiserRun
 from .step_cache import DEFAULT_THRESHOLD, STEP_CACHE_OFF, StepCache, StepCacheOptions
 from .transformer import LensDenoiser
@@ -17,5 +17,5 @@ __all__ = [
     "Negative",
     "StepCache",
     "StepCacheOptions",
-    "without_effect",
+    "warn_without_effect",
 ]

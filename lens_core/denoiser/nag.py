@@ -9,13 +9,17 @@ stream, for all but attention takes its tokens one by one.
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from ..errors import SettingError
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -96,10 +100,14 @@ def guide(wanted: Tensor, unwanted: Tensor, options: NagOptions) -> Tensor:
     return torch.lerp(wanted, moved * factor.to(wanted.dtype), options.alpha)
 
 
-def without_effect(cfg: float, options: NagOptions, negative: bool) -> str | None:
-    """What of the settings does nothing, in words; ``negative``: whether there is one that is not empty."""
+def warn_without_effect(cfg: float, options: NagOptions, negative: bool) -> None:
+    """Say, once, what of the settings does nothing; ``negative``: whether there is one that is not empty."""
     if cfg != 1 and options.scale:
-        return f"nag_scale has no effect at cfg {cfg:g}, where the negative guides as usual. It is for cfg 1."
+        _say_once("nag_scale has no effect where cfg is not 1: there the negative guides as usual.")
     if cfg == 1 and negative and not options.scale:
-        return "The negative has no effect at cfg 1. Set nag_scale (4, say) to have it avoided there."
-    return None
+        _say_once("The negative has no effect at cfg 1. Set nag_scale (4, say) to have it avoided there.")
+
+
+@cache
+def _say_once(text: str) -> None:
+    log.warning("%s", text)

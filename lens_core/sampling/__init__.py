@@ -1,6 +1,6 @@
 """Noise levels, guidance, the Euler loop, starting noise and sizes."""
 
-from .guidance import is_guided, norm_rescaled_guidance, scale_at
+from .guidance import is_guided, norm_rescaled_guidance
 from .loop import euler
 from .noise import grid_to_tokens, reference_noise, tokens_to_grid
 from .resolution import (
@@ -28,7 +28,6 @@ __all__ = [
     "norm_rescaled_guidance",
     "partial_sigmas",
     "reference_noise",
-    "scale_at",
     "sigmas",
     "token_grid",
     "tokens_to_grid",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-from functools import cache
 from typing import Any
 
 import comfy.model_management
@@ -15,14 +13,13 @@ import torch
 from torch import Tensor
 
 from ...lens_core.config import LATENT_CHANNELS, PIXELS_PER_TOKEN
-from ...lens_core.denoiser import NAG_OFF, NagOptions, without_effect
+from ...lens_core.denoiser import NAG_OFF, NagOptions, warn_without_effect
 from ...lens_core.errors import SettingError
 from ...lens_core.interval import WHOLE, Interval
 from ...lens_core.sampling import check_size, partial_sigmas, reference_noise, tokens_to_grid
 from .guider import IntervalGuider
 from .model import LensModel, require_lens, require_text, with_guidance
 
-log = logging.getLogger(__name__)
 Latent = dict[str, Any]
 _CHANNELS = LATENT_CHANNELS[0]
 
@@ -100,20 +97,13 @@ def make_guider(
             if text is not None:
                 require_text(model.model.model_config, text, which)
     given = any(text is not None and text.shape[1] for text, _ in negative)
-    said = without_effect(cfg, nag, given)
-    if said is not None:
-        _say_once(said)
+    warn_without_effect(cfg, nag, given)
     model = with_guidance(model)
     usual = interval.whole and not nag.scale
     guider = comfy.samplers.CFGGuider(model) if usual else IntervalGuider(model, interval, nag)
     guider.set_conds(positive, negative)
     guider.set_cfg(cfg)
     return guider
-
-
-@cache
-def _say_once(text: str) -> None:
-    log.warning("Lens: %s", text)
 
 
 def sample(

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from lens_core import __version__, cli
-from lens_core.denoiser import LensDenoiser
+from lens_core.denoiser import LensDenoiser, nag
 from lens_core.images import read_settings
 from tests.core.cli_pictures import SETTINGS, SMALL, Generate, pixels
 
@@ -309,6 +309,7 @@ def test_the_step_cache_skips_and_says_how_much(generate: Generate, caplog: pyte
 def test_a_negative_at_cfg_1_needs_nag_scale(
     generate: Generate, texts: list[int], caplog: pytest.LogCaptureFixture
 ):
+    nag._say_once.cache_clear()
     flags = (*EVALUATIONS, "--steps", 2, "--cfg", 1)
     negative = ("--negative_prompt", "a photograph of two dogs")
     (plain,) = generate(*flags, out="plain")

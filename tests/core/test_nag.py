@@ -20,9 +20,10 @@ from lens_core.denoiser import (
     Negative,
     StepCache,
     StepCacheOptions,
+    nag,
 )
 from lens_core.denoiser.block import JointAttention
-from lens_core.denoiser.nag import TwoPrompts, guide, without_effect
+from lens_core.denoiser.nag import TwoPrompts, guide, warn_without_effect
 from lens_core.errors import SettingError
 from lens_core.interval import WHOLE
 from lens_core.kernels import EAGER_BLOCK
@@ -112,13 +113,18 @@ def test_settings_that_mean_nothing(wrong: dict[str, float], words: str):
         (1.0, 0.0, True, "nag_scale (4, say)"),
         (1.0, 0.0, False, None),
         (1.0, 4.0, True, None),
-        (5.0, 4.0, True, "no effect at cfg 5"),
+        (5.0, 4.0, True, "no effect where cfg is not 1"),
         (5.0, 0.0, True, None),
     ],
 )
-def test_what_has_no_effect(cfg: float, scale: float, given: bool, words: str | None):
-    said = without_effect(cfg, NagOptions(scale), given)
-    assert said is None if words is None else words in str(said)
+def test_what_has_no_effect_is_said_once(
+    caplog: pytest.LogCaptureFixture, cfg: float, scale: float, given: bool, words: str | None
+):
+    nag._say_once.cache_clear()
+    for _ in range(2):
+        warn_without_effect(cfg, NagOptions(scale), given)
+    assert caplog.messages == [] if words is None else words in "".join(caplog.messages)
+    assert len(caplog.messages) <= 1
 
 
 # The denoiser

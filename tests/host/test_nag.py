@@ -152,7 +152,7 @@ def test_the_step_cache_counts_it_as_one(host, draw, tiny, negative, caplog):
 @pytest.fixture
 def fresh(host) -> None:
     """As if nothing had been said yet."""
-    host.module("nodes.host.sampling")._say_once.cache_clear()
+    host.module("lens_core.denoiser.nag")._say_once.cache_clear()
     host.module("nodes.host.guider")._say_first.cache_clear()
 
 
@@ -160,7 +160,7 @@ def fresh(host) -> None:
     ("inputs", "words"),
     [
         ({"cfg": 1.0}, "The negative has no effect at cfg 1. Set nag_scale"),
-        ({"cfg": 5.0, "nag_scale": 4.0}, "nag_scale has no effect at cfg 5"),
+        ({"cfg": 5.0, "nag_scale": 4.0}, "nag_scale has no effect where cfg is not 1"),
     ],
 )
 def test_what_has_no_effect_is_said_once(fresh, draw, negative, caplog, inputs, words):
