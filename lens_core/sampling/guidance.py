@@ -31,6 +31,6 @@ def norm_rescaled_guidance(cond: Tensor, uncond: Tensor, scale: float, dim: int 
 
 
 def is_guided(level: float, levels: Sequence[float], interval: Interval) -> bool:
-    """Whether the step of a run over ``levels`` that asks for noise level ``level`` is in ``interval``; outside it
-    cfg is 1, which needs no unconditional prediction."""
+    """Whether the step of a run over ``levels`` that asks for noise level ``level`` is in ``interval``;
+    outside it cfg is 1, which needs no unconditional prediction."""
     return step_at(level, levels) in interval.steps(len(levels) - 1)
