@@ -27,6 +27,7 @@ def within_reach(prompt: dict) -> tuple[int, int]:
     for node, values in TINY.items():
         set_input(prompt, node, **values)
     set_input(prompt, "LensEmptyLatent", base_resolution="512")
+    set_input(prompt, "LensReasoner", max_new_tokens=16, effort="none")
     ratio = next(n["inputs"]["aspect_ratio"] for n in prompt.values() if n["class_type"] == "LensEmptyLatent")
     return SIZES[ratio]
 
