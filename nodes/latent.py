@@ -94,7 +94,7 @@ class LensImageToLatent(io.ComfyNode):
                 io.Image.Output(display_name="image", tooltip="The pictures that were encoded."),
                 io.Mask.Output(
                     display_name="mask",
-                    tooltip="What is redrawn of them, to put the result over them with ImageCompositeMasked.",
+                    tooltip="White where samplers redraw them; put the result there by ImageCompositeMasked.",
                 ),
             ],
         )

@@ -1,6 +1,6 @@
 """Noise levels, guidance, the Euler loop, starting noise, sizes, and pictures brought to them."""
 
-from .fit import FITS, fit_image, fit_mask, mask_of_tokens, placement
+from .fit import FITS, fit_image, fit_mask, mask_of_tokens, pixels_of_tokens, placement
 from .guidance import norm_rescaled_guidance, scale_at
 from .loop import euler
 from .noise import grid_to_tokens, reference_noise, slerp, tokens_to_grid
@@ -35,6 +35,7 @@ __all__ = [
     "nearest_bucket",
     "norm_rescaled_guidance",
     "partial_sigmas",
+    "pixels_of_tokens",
     "placement",
     "reference_noise",
     "scale_at",

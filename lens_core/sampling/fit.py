@@ -90,6 +90,12 @@ def mask_of_tokens(mask: Tensor) -> Tensor:
     return F.max_pool2d(mask[:, None], PIXELS_PER_TOKEN)
 
 
+def pixels_of_tokens(mask: Tensor) -> Tensor:
+    """Where a mask [B, 1, h / 16, w / 16] of image tokens covers anything, 1 or 0 a pixel: [B, h, w]."""
+    covered = (mask[:, 0] > 0).float()
+    return covered.repeat_interleave(PIXELS_PER_TOKEN, 1).repeat_interleave(PIXELS_PER_TOKEN, 2)
+
+
 def _resized(x: Tensor, place: Placement, mode: str) -> Tensor:
     """The taken part of x [B, C, H, W] in the filled part's size."""
     taken, filled = place.taken, place.filled

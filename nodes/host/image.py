@@ -4,11 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ...lens_core.config import LATENT_CHANNELS
 from ...lens_core.errors import SettingError
-from ...lens_core.sampling import bucket_like, fit_image, fit_mask, mask_of_tokens, placement
+from ...lens_core.sampling import (
+    bucket_like,
+    fit_image,
+    fit_mask,
+    mask_of_tokens,
+    pixels_of_tokens,
+    placement,
+)
 from .sampling import Latent, require_vae
 
 
@@ -16,9 +24,10 @@ def image_to_latent(
     image: Tensor, vae: Any, base_resolution: int, fit: str, mask: Tensor | None = None
 ) -> tuple[Latent, Tensor, Tensor]:
     """Pictures [B, H, W, C] -> LATENT in the bucket nearest in shape; the pictures [B, h, w, 3] that were
-    encoded; and what is to be redrawn of them, [B or 1, h, w]: ``mask`` and padding.
+    encoded; and 1 where samplers redraw them, [B or 1, h, w].
 
-    The LATENT has a noise mask if there is anything to keep. Raises SettingError for another model's VAE.
+    With a ``mask``, or padding, the LATENT has a noise mask of both; without, all is redrawn. Raises
+    SettingError for another model's VAE.
     """
     require_vae(vae)
     channels = getattr(vae, "latent_channels", LATENT_CHANNELS[0])
@@ -29,8 +38,9 @@ def image_to_latent(
         )
     given = tuple(image.shape[1:3])
     place = placement(*given, bucket_like(base_resolution, *given), fit)
-    fitted, redrawn = fit_image(image, place), fit_mask(mask, given, place)
+    fitted = fit_image(image, place)
     latent: Latent = {"samples": vae.encode(fitted)}
-    if mask is not None or redrawn.any():
-        latent["noise_mask"] = mask_of_tokens(redrawn)
-    return latent, fitted, redrawn
+    tokens = mask_of_tokens(fit_mask(mask, given, place))
+    if mask is None and not tokens.any():
+        return latent, fitted, pixels_of_tokens(torch.ones_like(tokens))
+    return {**latent, "noise_mask": tokens}, fitted, pixels_of_tokens(tokens)

@@ -14,6 +14,7 @@ from lens_core.sampling import (
     fit_image,
     fit_mask,
     mask_of_tokens,
+    pixels_of_tokens,
     placement,
 )
 from lens_core.sampling.fit import Box
@@ -125,3 +126,6 @@ def test_no_token_under_the_mask_is_kept():
     want = torch.zeros(2, 1, 4, 3)
     want[0, 0, 1, 1], want[1, 0, 3, 0] = 1, 0.3
     assert torch.equal(mask_of_tokens(mask), want)
+    pixels = pixels_of_tokens(want)
+    assert pixels.shape == mask.shape and torch.equal(mask_of_tokens(pixels), want.ceil())
+    assert pixels.sum() == 2 * 256

@@ -18,11 +18,13 @@ KEPT = 1e-6
 
 
 @pytest.fixture(scope="module", autouse=True)
-def differential_diffusion(host):
+def more_nodes(host):
+    """Nodes that ComfyUI loads beside its core ones."""
     import nodes
 
-    path = Path(nodes.__file__).parent / "comfy_extras" / "nodes_differential_diffusion.py"
-    assert asyncio.run(nodes.load_custom_node(str(path), module_parent="comfy_extras"))
+    for name in ("differential_diffusion", "mask"):
+        path = Path(nodes.__file__).parent / "comfy_extras" / f"nodes_{name}.py"
+        assert asyncio.run(nodes.load_custom_node(str(path), module_parent="comfy_extras")), name
 
 
 @pytest.fixture
@@ -44,7 +46,7 @@ def test_pictures_are_encoded_in_the_nearest_bucket(host, tiny, encode):
     (want,) = host.run("VAEEncode", pixels=fitted, vae=tiny.vae)
     assert latent.keys() == {"samples"} and torch.equal(latent["samples"], want["samples"])
     assert latent["samples"].shape == (2, 128, height // 16, width // 16)
-    assert not mask.any()
+    assert mask.all() and mask.shape == (1, height, width)
 
 
 def test_padding_is_redrawn_and_the_picture_kept(draw, encode):
@@ -52,6 +54,7 @@ def test_padding_is_redrawn_and_the_picture_kept(draw, encode):
     covered = latent["noise_mask"]
     assert fitted.shape[1:3] == bucket(256, "1:2") and covered.shape == (1, 1, 22, 11)
     assert mask.shape == fitted.shape[:3] and mask[..., 0].all() and not mask[:, 0, 88].any()
+    assert torch.equal(mask[:, ::16, ::16], covered[:, 0])
     got, given = (x["samples"] for x in (draw(latent=latent), latent))
     kept = (covered == 0).expand_as(got)
     assert kept.any() and not kept.all()
@@ -102,6 +105,23 @@ def test_inpainting_keeps_what_is_outside_the_mask(host, tiny, draw, encode, den
     given = latent["samples"]
     torch.testing.assert_close(got[..., ~inside], given[..., ~inside], rtol=0, atol=KEPT)
     assert (got - given).abs().amax(1)[0][inside].min() > 0.01
+
+
+def test_the_picture_outside_the_mask_is_kept(host, tiny, draw, encode):
+    """Decoding alone does not: the VAE's norms see what has changed. Put over the given picture, or over its
+    round trip, the rest is that one's."""
+    mask = torch.zeros(1, 256, 256)
+    mask[:, 100:180, 90:200] = 1
+    latent, fitted, redrawn = encode(torch.rand(1, 256, 256, 3), mask=mask)
+    drawn, trip = (tiny.vae.decode(x["samples"]) for x in (draw(latent=latent), latent))
+    kept = redrawn[0] == 0
+    assert kept.sum() == 256 * 256 - 96 * 128
+    for below in (fitted, trip):
+        over = {"destination": below, "source": drawn, "x": 0, "y": 0, "resize_source": False}
+        (result,) = host.run("ImageCompositeMasked", **over, mask=redrawn)
+        assert torch.equal(result[:, kept], below[:, kept])
+        assert torch.equal(result[:, ~kept], drawn[:, ~kept])
+        assert (result - below).abs().mean() > 1 / 255
 
 
 def test_differential_diffusion_redraws_grey_less(host, tiny, draw, encode):
