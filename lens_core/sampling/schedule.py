@@ -75,8 +75,8 @@ def _run_through(level: float, steps: int, tokens: int) -> int:
     while start(longest) > level:
         longest *= 2
     # The longer the run, the lower its level there.
-    passed = bisect.bisect_left(range(longest), -level, lo=steps, key=lambda total: -start(total))
-    return min(max(passed - 1, steps), passed, key=lambda total: abs(start(total) - level))
+    passed = bisect.bisect_left(range(longest), -level, lo=steps + 1, key=lambda total: -start(total))
+    return min(passed - 1, passed, key=lambda total: abs(start(total) - level))
 
 
 def _end_of_run(steps: int, total: int, tokens: int) -> Tensor:

@@ -90,10 +90,9 @@ def test_what_is_cut_off_and_what_is_repeated():
 
 
 def test_large_pictures_are_averaged_not_sampled():
-    """Columns in black and white, shrunk eightfold, are grey; without a filter they would be either."""
-    stripes = (torch.arange(512) % 2).float().expand(512, 512)[None, :, :, None].expand(-1, -1, -1, 3)
-    small = fit_image(stripes, placement(512, 512, (64, 64), "crop"))
-    torch.testing.assert_close(small, torch.full_like(small, 0.5), rtol=0, atol=0.02)
+    """Noise, shrunk eightfold, is grey: a mean of 64 pixels deviates by an eighth of what one does, 0.29."""
+    small = fit_image(torch.rand(1, 512, 512, 3), placement(512, 512, (64, 64), "crop"))
+    assert small.std() < 2 * 0.29 / 8
 
 
 def test_channels():
