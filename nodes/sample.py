@@ -107,7 +107,7 @@ def _denoise_by() -> io.Input:
         optional=True,
         tooltip=(
             "What denoise is a share of. steps: of the steps, as other samplers count (0.5: the second half "
-            "of twice the steps, which begins with about 0.9 of noise). noise level: of the noise: it "
+            "of twice the steps, which begins with 0.8 to 0.9 of noise). noise level: of the noise: it "
             "starts at the step whose sigma is nearest denoise (0.5: half noise, half picture)."
         ),
     )
