@@ -153,7 +153,7 @@ def draw(host: Host, tiny: Tiny) -> Callable[..., dict[str, Any]]:
             "noise": "host",
             "denoise": 1.0,
         }
-        assert changes.keys() <= {*inputs, "guidance_start", "guidance_end"}
+        assert changes.keys() <= {*inputs, "guidance_start", "guidance_end", "denoise_by", "custom_noise"}
         (latent,) = host.run("LensSampler", **{**inputs, **changes})
         return latent
 

@@ -84,21 +84,34 @@ NODES = {
         ["base_resolution", "aspect_ratio", "batch_size"],
         [("LATENT", "LATENT"), ("width", "INT"), ("height", "INT")],
     ),
+    "LensImageToLatent": (
+        "Lens Image To Latent",
+        ["image", "vae", "base_resolution", "fit", "mask"],
+        [("LATENT", "LATENT"), ("image", "IMAGE"), ("mask", "MASK")],
+    ),
     "LensSampler": (
         "Lens Sampler",
         [
             *("model", "positive", "negative", "latent", "seed", "steps", "cfg", "noise", "denoise"),
-            *("guidance_start", "guidance_end"),
+            *("guidance_start", "guidance_end", "denoise_by", "custom_noise"),
         ],
         [("LATENT", "LATENT")],
     ),
-    "LensScheduler": ("Lens Scheduler", ["steps", "latent", "denoise"], [("SIGMAS", "SIGMAS")]),
+    "LensScheduler": (
+        "Lens Scheduler",
+        ["steps", "latent", "denoise", "denoise_by"],
+        [("SIGMAS", "SIGMAS")],
+    ),
     "LensGuider": (
         "Lens Guider",
         ["model", "positive", "negative", "cfg", "guidance_start", "guidance_end"],
         [("GUIDER", "GUIDER")],
     ),
-    "LensNoise": ("Lens Noise", ["seed"], [("NOISE", "NOISE")]),
+    "LensNoise": (
+        "Lens Noise",
+        ["seed", "variation_seed", "variation_strength", "batch", "noise"],
+        [("NOISE", "NOISE")],
+    ),
     "LensStepCache": (
         "Lens Step Cache",
         ["model", "threshold", "start", "end", "max_consecutive"],
@@ -138,7 +151,18 @@ SETTINGS = {
     ("LensStepCache", "start"): ("FLOAT", 0.1),
     ("LensStepCache", "end"): ("FLOAT", 1.0),
     ("LensStepCache", "max_consecutive"): ("INT", 3),
+    ("LensImageToLatent", "base_resolution"): (["256", "512", "768", "1024", "1440"], "1024"),
+    ("LensImageToLatent", "fit"): (["crop", "pad", "stretch"], "crop"),
+    ("LensSampler", "denoise_by"): (["steps", "noise level"], "steps"),
+    ("LensScheduler", "denoise_by"): (["steps", "noise level"], "steps"),
     ("LensNoise", "seed"): ("INT", 0),
+    ("LensNoise", "variation_seed"): ("INT", 0),
+    ("LensNoise", "variation_strength"): ("FLOAT", 0.0),
+    ("LensNoise", "batch"): (
+        ["together", "consecutive seeds", "consecutive variations"],
+        "together",
+    ),
+    ("LensNoise", "noise"): (["host", "reference"], "reference"),
     ("LensReasoner", "preset"): (
         ["general", "photo", "poster", "diagram", "short", "caption"],
         "general",
@@ -259,6 +283,11 @@ def test_what_older_workflows_lack_is_optional(host):
         ("LensEncoderLoader", "feature_cache"),
         ("LensSampler", "guidance_start"),
         ("LensSampler", "guidance_end"),
+        ("LensSampler", "denoise_by"),
+        ("LensSampler", "custom_noise"),
+        ("LensScheduler", "denoise_by"),
+        *(("LensNoise", name) for name in ("variation_seed", "variation_strength", "batch", "noise")),
+        ("LensImageToLatent", "mask"),
         ("LensGuider", "guidance_start"),
         ("LensGuider", "guidance_end"),
         ("LensQuantizeModel", "file_name"),
@@ -277,9 +306,21 @@ def test_what_older_workflows_lack_is_optional(host):
         (
             "LensSampler",
             [42, "randomize", 20, 4.5, "reference", 0.5],
-            {"seed": 42, "steps": 20, "cfg": 4.5, "noise": "reference", "denoise": 0.5},
+            {
+                **{"seed": 42, "steps": 20, "cfg": 4.5, "noise": "reference", "denoise": 0.5},
+                **{"guidance_start": 0.0, "guidance_end": 1.0, "denoise_by": "steps"},
+            },
         ),
-        ("LensGuider", [4.5], {"cfg": 4.5}),
+        ("LensGuider", [4.5], {"cfg": 4.5, "guidance_start": 0.0, "guidance_end": 1.0}),
+        ("LensScheduler", [20, 0.5], {"steps": 20, "denoise": 0.5, "denoise_by": "steps"}),
+        (
+            "LensNoise",
+            [42, "randomize"],
+            {
+                **{"seed": 42, "variation_seed": 0, "variation_strength": 0.0},
+                **{"batch": "together", "noise": "reference"},
+            },
+        ),
     ],
 )
 def test_widgets_of_older_workflows_keep_their_places(host, node_id, widgets, settings):
@@ -287,7 +328,7 @@ def test_widgets_of_older_workflows_keep_their_places(host, node_id, widgets, se
     node = {"id": 1, "type": node_id, "widgets_values": widgets}
     info = {node_id: {"input": host.node_classes[node_id].INPUT_TYPES()}}
     prompt = to_prompt({"nodes": [node], "links": []}, info)
-    assert prompt["1"]["inputs"] == {**settings, "guidance_start": 0.0, "guidance_end": 1.0}
+    assert prompt["1"]["inputs"] == settings
 
 
 class _EchoClip:
