@@ -7,7 +7,7 @@ from .decode import LensVAEDecode
 from .doctor import LensDoctor
 from .encode import LensClearFeatureCache, LensTextEncode
 from .host.paths import register_folders
-from .latent import LensEmptyLatent
+from .latent import LensEmptyLatent, LensImageToLatent
 from .load import LensEncoderLoader, LensModelLoader, LensVAELoader
 from .lora import LensLoraLoader
 from .memory import LensMemoryEstimate
@@ -43,6 +43,7 @@ class LensExtension(ComfyExtension):
             LensTextEncode,
             LensClearFeatureCache,
             LensEmptyLatent,
+            LensImageToLatent,
             LensSampler,
             LensScheduler,
             LensGuider,

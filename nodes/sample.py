@@ -3,7 +3,9 @@
 from comfy_api.latest import io
 
 from ..lens_core.denoiser import NagOptions
-from .host.sampling import ReferenceNoise, make_guider, sample, sigmas_for
+from ..lens_core.sampling import BY_STEPS, DENOISE_BY
+from .host.noise import BATCHES, HOST, KINDS, REFERENCE, TOGETHER, SeededNoise
+from .host.sampling import make_guider, sample, sigmas_for
 
 _CATEGORY = "Lens/sampling"
 _MAX_SEED = 0xFFFFFFFFFFFFFFFF
@@ -127,9 +129,37 @@ def _denoise() -> io.Input:
         max=1.0,
         step=0.01,
         tooltip=(
-            "1 draws from noise. Below 1 the last part of a longer schedule runs on the given "
-            "latent (0.5: the second half of twice the steps); 0 returns it unchanged."
+            "1 draws from noise, whatever the latent holds. Below 1 the last part of a longer schedule runs "
+            "on the given latent, always all of steps; denoise_by says which part. 0 returns it unchanged."
         ),
+    )
+
+
+def _denoise_by() -> io.Input:
+    """Optional, so that older workflows load."""
+    return io.Combo.Input(
+        "denoise_by",
+        options=list(DENOISE_BY),
+        default=BY_STEPS,
+        optional=True,
+        tooltip=(
+            "What denoise is a share of. steps: of the steps, as other samplers count (0.5: the second half "
+            "of twice the steps, which begins with 0.8 to 0.9 of noise). noise level: of the noise: it "
+            "starts at the step whose sigma is nearest denoise (0.5: half noise, half picture)."
+        ),
+    )
+
+
+def _kind(default: str, **more) -> io.Input:
+    return io.Combo.Input(
+        "noise",
+        options=list(KINDS),
+        default=default,
+        tooltip=(
+            "host: ComfyUI's noise, the same on every machine. reference: the published "
+            "program's, for its pictures from its seeds (differs between CPU and GPU)."
+        ),
+        **more,
     )
 
 
@@ -155,17 +185,15 @@ class LensSampler(io.ComfyNode):
                 _seed(),
                 _steps(),
                 _cfg(),
-                io.Combo.Input(
-                    "noise",
-                    options=["host", "reference"],
-                    default="host",
-                    tooltip=(
-                        "host: ComfyUI's noise, the same on every machine. reference: the published "
-                        "program's, for its pictures from its seeds (differs between CPU and GPU)."
-                    ),
-                ),
+                _kind(HOST),
                 _denoise(),
                 *_guided(),
+                _denoise_by(),
+                io.Noise.Input(
+                    "custom_noise",
+                    optional=True,
+                    tooltip="From LensNoise or another node: taken instead of seed and noise.",
+                ),
                 *_nag(),
             ],
             outputs=[io.Latent.Output(display_name="LATENT", tooltip="For LensVAEDecode.")],
@@ -185,11 +213,14 @@ class LensSampler(io.ComfyNode):
         denoise,
         guidance_start=0.0,
         guidance_end=1.0,
+        denoise_by=BY_STEPS,
+        custom_noise=None,
         nag_scale=0.0,
         nag_tau=2.5,
         nag_alpha=0.25,
     ) -> io.NodeOutput:
         settings = {"seed": seed, "steps": steps, "cfg": cfg, "noise": noise, "denoise": denoise}
+        settings |= {"denoise_by": denoise_by, "custom_noise": custom_noise}
         settings["guided"] = (guidance_start, guidance_end)
         settings["nag"] = NagOptions(nag_scale, nag_tau, nag_alpha)
         return io.NodeOutput(sample(model, positive, negative, latent, **settings))
@@ -206,13 +237,13 @@ class LensScheduler(io.ComfyNode):
             category=_CATEGORY,
             description="Lens' noise levels for a latent's size, for SamplerCustomAdvanced.",
             search_aliases=["microsoft lens", "sigmas", "schedule", "mu"],
-            inputs=[_steps(), _latent(), _denoise()],
+            inputs=[_steps(), _latent(), _denoise(), _denoise_by()],
             outputs=[io.Sigmas.Output(display_name="SIGMAS", tooltip="steps + 1 levels, down to 0.")],
         )
 
     @classmethod
-    def execute(cls, steps, latent, denoise) -> io.NodeOutput:
-        return io.NodeOutput(sigmas_for(latent, steps, denoise))
+    def execute(cls, steps, latent, denoise, denoise_by=BY_STEPS) -> io.NodeOutput:
+        return io.NodeOutput(sigmas_for(latent, steps, denoise, denoise_by))
 
 
 class LensGuider(io.ComfyNode):
@@ -248,7 +279,7 @@ class LensGuider(io.ComfyNode):
 
 
 class LensNoise(io.ComfyNode):
-    """Seed -> the reference's NOISE."""
+    """Seed, and a second one for variations -> NOISE."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -257,14 +288,53 @@ class LensNoise(io.ComfyNode):
             display_name="Lens Noise",
             category=_CATEGORY,
             description=(
-                "The published program's starting noise for a seed, drawn in bfloat16 on the device "
-                "that computes, for SamplerCustomAdvanced."
+                "Starting noise: the published program's for a seed, or ComfyUI's; between those of two "
+                "seeds, for variations of a picture; with a seed of its own for each picture of a batch. For "
+                "LensSampler or SamplerCustomAdvanced."
             ),
-            search_aliases=["microsoft lens", "seed", "random noise"],
-            inputs=[_seed()],
-            outputs=[io.Noise.Output(display_name="NOISE", tooltip="For SamplerCustomAdvanced.")],
+            search_aliases=["microsoft lens", "seed", "random noise", "variation", "subseed", "slerp"],
+            inputs=[
+                _seed(),
+                io.Int.Input(
+                    "variation_seed",
+                    default=0,
+                    min=0,
+                    max=_MAX_SEED,
+                    optional=True,
+                    tooltip="The other seed, which variation_strength goes towards.",
+                ),
+                io.Float.Input(
+                    "variation_strength",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    optional=True,
+                    tooltip="0: the noise of seed, bit for bit. 1: of variation_seed. Between: a mixture.",
+                ),
+                io.Combo.Input(
+                    "batch",
+                    options=list(BATCHES),
+                    default=TOGETHER,
+                    optional=True,
+                    tooltip=(
+                        "The pictures of a batch. together: drawn from one seed, as ComfyUI and the "
+                        "published program do. consecutive seeds: each is what its own seed, one more than "
+                        "the one before, draws alone. consecutive variations: one seed, variation_seed "
+                        "counts up."
+                    ),
+                ),
+                _kind(REFERENCE, optional=True),
+            ],
+            outputs=[
+                io.Noise.Output(
+                    display_name="NOISE", tooltip="For LensSampler's custom_noise or SamplerCustomAdvanced."
+                )
+            ],
         )
 
     @classmethod
-    def execute(cls, seed) -> io.NodeOutput:
-        return io.NodeOutput(ReferenceNoise(seed))
+    def execute(
+        cls, seed, variation_seed=0, variation_strength=0.0, batch=TOGETHER, noise=REFERENCE
+    ) -> io.NodeOutput:
+        return io.NodeOutput(SeededNoise(seed, noise, variation_seed, variation_strength, batch))

@@ -153,6 +153,8 @@ def why_never(device: torch.device) -> str | None:
     """Why nothing can be recorded on ``device``, in words; None where something can."""
     if device.type != "cuda":
         return f"the model computes on the {device.type.upper()}"
+    if torch.version.hip is not None:  # not tried there
+        return "they are for NVIDIA GPUs"
     return None if can_record() else "CUDA's asynchronous allocator is in use"
 
 

@@ -42,10 +42,21 @@ def bucket(base_resolution: int, aspect_ratio: str) -> Size:
     return BUCKETS[base_resolution][aspect_ratio]
 
 
+def bucket_like(base_resolution: int, height: int, width: int) -> Size:
+    """The bucket of a base nearest in shape to a picture of any size."""
+    _check_picture(height, width)
+    sizes = [bucket(base_resolution, ratio) for ratio in ASPECT_RATIOS]
+
+    def distance(size: Size) -> float:
+        shape = size[0] * width / (size[1] * height)
+        return max(shape, 1 / shape)
+
+    return min(sizes, key=distance)
+
+
 def nearest_bucket(height: int, width: int) -> Size:
     """The bucket of the published checkpoints nearest in shape, then in area, to any size."""
-    if height < 1 or width < 1:
-        raise SizeError(f"A picture needs a positive size, got {width}x{height}.")
+    _check_picture(height, width)
 
     def distance(size: Size) -> tuple[float, float]:
         h, w = size
@@ -70,6 +81,11 @@ def check_size(height: int, width: int) -> None:
     if not _drawable(h, w):
         h, w = nearest_bucket(max(height, 1), max(width, 1))
     raise SizeError(f"{width}x{height} pixels: {reason}. Try {w}x{h}.")
+
+
+def _check_picture(height: int, width: int) -> None:
+    if height < 1 or width < 1:
+        raise SizeError(f"A picture needs a positive size, got {width}x{height}.")
 
 
 def _drawable(height: int, width: int) -> bool:

@@ -1,4 +1,4 @@
-"""Sampling through ComfyUI's own machinery: sizes from latents, noise, guider and the run."""
+"""Sampling through ComfyUI's own machinery: sizes from latents, guider and the run."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from ...lens_core.config import LATENT_CHANNELS, PIXELS_PER_TOKEN
 from ...lens_core.denoiser import NAG_OFF, NagOptions, warn_without_effect
 from ...lens_core.errors import SettingError
 from ...lens_core.interval import WHOLE, Interval
-from ...lens_core.sampling import check_size, partial_sigmas, reference_noise, tokens_to_grid
+from ...lens_core.sampling import BY_STEPS, check_size, partial_sigmas
 from .guider import IntervalGuider
 from .model import LensModel, require_lens, require_text, with_guidance
+from .noise import SeededNoise
 
 Latent = dict[str, Any]
 _CHANNELS = LATENT_CHANNELS[0]
@@ -51,25 +52,10 @@ def latent_grid(latent: Latent) -> tuple[int, int]:
     return height * ratio // PIXELS_PER_TOKEN, width * ratio // PIXELS_PER_TOKEN
 
 
-def sigmas_for(latent: Latent, steps: int, denoise: float) -> Tensor:
+def sigmas_for(latent: Latent, steps: int, denoise: float, denoise_by: str = BY_STEPS) -> Tensor:
     """Noise levels for a latent's size; empty at denoise 0."""
     height, width = latent_grid(latent)
-    return partial_sigmas(steps, height * width, denoise)
-
-
-class ReferenceNoise:
-    """A NOISE: the reference's, drawn token by token in bf16 on the device that computes."""
-
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
-
-    def generate_noise(self, latent: Latent) -> Tensor:
-        """Noise [B, C, h, w] in fp32 on the CPU; ``batch_index`` picks pictures of a larger batch."""
-        batch, channels, height, width = latent["samples"].shape
-        rows = latent.get("batch_index") or range(batch)
-        device = comfy.model_management.get_torch_device()
-        noise = reference_noise(self.seed, max(rows) + 1, height * width, channels, torch.bfloat16, device)
-        return tokens_to_grid(noise[list(rows)], (height, width)).float().cpu().contiguous()
+    return partial_sigmas(steps, height * width, denoise, denoise_by)
 
 
 def make_guider(
@@ -117,30 +103,30 @@ def sample(
     cfg: float,
     noise: str,
     denoise: float,
+    denoise_by: str = BY_STEPS,
     guided: tuple[float, float] = (WHOLE.start, WHOLE.end),
     nag: NagOptions = NAG_OFF,
+    custom_noise: Any = None,
 ) -> Latent:
-    """Euler steps over Lens' schedule; ``noise`` is "host" or "reference", the last two as in make_guider."""
+    """Euler steps over Lens' schedule. ``noise`` is a kind of ``SeededNoise``; ``custom_noise``, a NOISE,
+    takes the place of it and of the seed. ``guided`` and ``nag`` are as in make_guider."""
     guider = make_guider(model, positive, negative, cfg, guided, nag)
-    sigmas = sigmas_for(latent, steps, denoise)
+    sigmas = sigmas_for(latent, steps, denoise, denoise_by)
     samples = _samples_for(model, latent)
     out = {key: value for key, value in latent.items() if not key.startswith("downscale_ratio")}
     out["samples"] = samples
     if not len(sigmas):
         return out
-    if noise == "reference":
-        start = ReferenceNoise(seed).generate_noise(out)
-    else:
-        start = comfy.sample.prepare_noise(samples, seed, latent.get("batch_index"))
+    source = SeededNoise(seed, noise) if custom_noise is None else custom_noise
     result = guider.sample(
-        start,
+        source.generate_noise(out),
         samples,
         comfy.samplers.sampler_object("euler"),
         sigmas,
         denoise_mask=latent.get("noise_mask"),
         callback=latent_preview.prepare_callback(model, len(sigmas) - 1),
         disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
-        seed=seed,
+        seed=source.seed,
     )
     return {**out, "samples": result.to(comfy.model_management.intermediate_device())}
 
@@ -160,12 +146,17 @@ def _samples_for(model, latent: Latent) -> Tensor:
     return samples
 
 
-def decode(latent: Latent, vae) -> Tensor:
-    """Pictures [B, H, W, 3] of latents; a VAE with other latents is named before it is run."""
+def require_vae(vae: Any) -> None:
+    """Raise SettingError for none, which loaders of whole checkpoints may give."""
     if vae is None:
         raise SettingError(
             "No VAE arrived: the loader before gave none. Connect LensVAELoader, or VAELoader with flux2-vae."
         )
+
+
+def decode(latent: Latent, vae) -> Tensor:
+    """Pictures [B, H, W, 3] of latents; a VAE with other latents is named before it is run."""
+    require_vae(vae)
     samples = latent["samples"]
     channels = getattr(vae, "latent_channels", _CHANNELS)
     if samples.ndim != 4 or samples.shape[1] != channels:

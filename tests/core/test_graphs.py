@@ -68,6 +68,12 @@ def test_why_not(weights: list, streams: list, changed: dict[str, Any], reason: 
         assert module.why_not(weights, streams, shared_with(**changed)) == reason
 
 
+def test_nothing_is_recorded_where_it_was_never_tried(monkeypatch: pytest.MonkeyPatch):
+    """ROCm calls its devices CUDA's too."""
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert module.why_never(torch.device("cuda")) == "they are for NVIDIA GPUs"
+
+
 def test_why_not_with_the_asynchronous_allocator(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: "cudaMallocAsync")
     reason = module.why_not([on(CUDA)], [on(CUDA)], shared_with())

@@ -53,7 +53,7 @@ def test_the_benchmark_compares_modes_and_mistakes(nano_models: Path):
     rows = nano.measure(args, lambda scenes, pictures: list(map(judge, scenes, pictures)))
     found = [(row["mode"], row["cfg"], row["mistake"]) for row in rows]
     assert found == [
-        *((mode, cfg, "") for mode in ("none", "int8_weight_only") for cfg in (5.0, 1.0)),
+        *((mode, cfg, "") for mode in ("none", "int8_weight_only") for cfg in (2.0, 1.0)),
         ("none", 1.0, "schedule: mu 1.15"),
         ("none", 1.0, "layers reversed"),
     ]

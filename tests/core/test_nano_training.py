@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,11 +15,17 @@ from lens_core.sampling import euler, norm_rescaled_guidance, sigmas
 from lens_core.tiny import models
 from tests.compare import relative_l2
 from tools.nano.configs import DENOISER, encoder_config
-from tools.nano.distill import Distillation, levels_between
+from tools.nano.denoiser import TrainedDenoiser
+from tools.nano.distill import Distillation, levels_between, twin
 from tools.nano.encoder import TrainedEncoder
 from tools.nano.flow import training_mu
-from tools.nano.scenes import SIZES
+from tools.nano.properties import PROPERTIES, properties
+from tools.nano.scenes import COLOURS, SIZES, sample_scene
+from tools.nano.train_encoder import Probes
 from tools.nano.training import Masters
+
+# Properties that every scene has, and the one colour that no background fades to.
+ABSENT = {0: {0}, 1: {0}, 9: {0}, 10: {list(COLOURS).index("gray") + 1}, 11: {0}}
 
 
 def test_the_trained_encoder_is_the_products():
@@ -94,8 +101,7 @@ def test_turbo_learns_the_teachers_guided_way():
     teacher = LensDenoiser(DENOISER).bfloat16()
     for parameter in teacher.parameters():
         parameter.data += 0.05 * torch.randn_like(parameter)
-    models = SimpleNamespace(denoiser=teacher, device=torch.device("cpu"))
-    lesson = Distillation(models, teacher, None, (64, 64), parts=3, scale=5.0)
+    lesson = Distillation(teacher.requires_grad_(False), None, None, None, (64, 64), parts=3, scale=5.0)
     x, text = torch.randn(2, 16, 32), torch.randn(2, 9, 4, 64).bfloat16()
     real = torch.ones(2, 9, dtype=torch.bool)
     got = lesson.target(2, x, text, real)
@@ -134,3 +140,78 @@ def test_hidden_matrices_move_as_by_torchs_muon():
     for value, mine in zip(own, masters.values[1:], strict=True):
         # Both iterate in bf16; batched products may round in another order.
         assert relative_l2(mine, value.detach()) < 2e-3
+
+
+@torch.inference_mode(False)
+@torch.enable_grad()
+def test_the_trained_denoiser_is_the_products():
+    """Filled up to multiples of 8, it computes and learns the same."""
+    torch.manual_seed(0)
+    trained, product = TrainedDenoiser(DENOISER), LensDenoiser(DENOISER)
+    for parameter in trained.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    product.load_state_dict(trained.state_dict())
+    x, sigma, text = torch.randn(2, 16, 32), torch.tensor([0.3, 0.7]), torch.randn(2, 9, 4, 64)
+    got, wanted = trained(x, sigma, text, (4, 4)), product(x, sigma, text, (4, 4))
+    got.square().sum().backward()
+    wanted.square().sum().backward()
+    # fp32 sums in another order.
+    assert relative_l2(got, wanted) < 2e-6
+    for name, parameter in product.named_parameters():
+        if parameter.grad is not None and parameter.grad.any():  # no one reads the last block's text
+            assert relative_l2(trained.get_parameter(name).grad, parameter.grad) < 2e-5, name
+
+
+def test_a_twin_walks_as_the_student_does_now():
+    student = TrainedDenoiser(DENOISER)
+    walker = twin(student)
+    student.img_in.weight.data.add_(1.0)
+    assert walker.img_in.weight.data_ptr() == student.img_in.weight.data_ptr()
+    assert torch.equal(walker.img_in.weight, student.img_in.weight)
+    assert not any(parameter.requires_grad for parameter in walker.parameters())
+    assert all(parameter.requires_grad for parameter in student.parameters())
+
+
+def test_what_captions_say_are_classes():
+    """As many as there are properties, each within its classes, and all of them occur but for letters that no
+    word has there."""
+    rng = random.Random(0)
+    sizes = [size for part in PROPERTIES for size in part]
+    told = torch.tensor([properties(sample_scene(rng)) for _ in range(6000)])
+    assert told.shape[1] == len(sizes)
+    letters = len(sizes) - 5
+    for index, size in enumerate(sizes):
+        seen = set(told[:, index].tolist())
+        if index < letters:
+            assert seen == set(range(size)) - ABSENT.get(index, set()), index
+        else:
+            assert {0} < seen < set(range(size)), index
+
+
+def test_scenes_that_say_different_things_have_different_classes():
+    rng = random.Random(1)
+    scenes = [sample_scene(rng) for _ in range(2000)]
+    by_classes = {}
+    for scene in scenes:
+        said = replace(scene, height=0, width=0, places=(), tint=())
+        assert by_classes.setdefault(tuple(properties(scene)), said) == said
+
+
+@pytest.mark.parametrize("back", range(len(PROPERTIES)))
+def test_each_of_the_last_tokens_tells_its_own_part(back: int):
+    """Whatever else changes in the features, and however long the caption is."""
+    torch.manual_seed(0)
+    probes, lengths = Probes(64), torch.tensor([12, 7, 10])
+    real = torch.arange(12) < lengths[:, None]
+    features, rows = torch.randn(3, 12, 4, 64), torch.arange(3)
+    others, own = torch.randn_like(features), features.clone()
+    own[rows, lengths - 1 - back] = others[rows, lengths - 1 - back]
+    others[rows, lengths - 1 - back] = features[rows, lengths - 1 - back]
+    first, told = sum(map(len, PROPERTIES[:back])), probes(features, real)
+    mine = range(first, first + len(PROPERTIES[back]))
+    for index, (before, kept, changed) in enumerate(
+        zip(told, probes(others, real), probes(own, real), strict=True)
+    ):
+        assert before.shape[:2] == (4, 3)
+        assert torch.equal(before, kept if index in mine else changed)
+        assert not torch.equal(before, changed if index in mine else kept)

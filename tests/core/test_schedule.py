@@ -95,6 +95,41 @@ def test_denoise_0_runs_nothing():
     assert len(partial_sigmas(20, TOKENS_1024, 0.0)) == 0
 
 
+LEVELS = [(20, 0.5), (4, 0.5), (4, 0.3), (50, 0.9), (1, 0.25), (1000, 0.99), (20, 1e-9)]
+
+
+@pytest.mark.parametrize("tokens", [1024, TOKENS_1024, 8100])
+@pytest.mark.parametrize("steps, level", LEVELS)
+def test_denoise_by_noise_level_starts_at_the_nearest_step_of_a_longer_run(steps, level, tokens):
+    """All of ``steps`` run, and no run of one step more or less begins nearer to the level."""
+    levels = partial_sigmas(steps, tokens, level, "noise level")
+    assert len(levels) == steps + 1 and (levels.diff() < 0).all() and levels[-1] == 0
+    longest = min(20 * steps, 5000)
+    starts = torch.stack(
+        [sigmas(total, tokens)[-(steps + 1)] for total in range(steps, longest, 1 + steps // 20)]
+    )
+    # fp32's rounding of what is compared.
+    assert abs(levels[0] - level) <= (starts - level).abs().min() + 1e-7
+    if 20 <= steps < 1000:
+        assert levels[0] == pytest.approx(level, abs=0.01)
+
+
+@pytest.mark.parametrize("steps", [1, 4, 20])
+def test_denoise_by_noise_level_is_a_whole_run_at_1_and_none_at_0(steps: int):
+    assert torch.equal(partial_sigmas(steps, TOKENS_1024, 1.0, "noise level"), sigmas(steps, TOKENS_1024))
+    assert len(partial_sigmas(steps, TOKENS_1024, 0.0, "noise level")) == 0
+
+
+def test_the_ways_to_count_differ_as_the_tooltip_says():
+    by_steps, by_level = (partial_sigmas(20, TOKENS_1024, 0.5, by)[0] for by in ("steps", "noise level"))
+    assert by_steps == pytest.approx(0.89, abs=0.005) and by_level == pytest.approx(0.5, abs=0.005)
+
+
+def test_an_unknown_way_to_count_is_refused():
+    with pytest.raises(SettingError, match="one of steps, noise level, got 'sigma'"):
+        partial_sigmas(20, TOKENS_1024, 0.5, "sigma")
+
+
 @pytest.mark.parametrize("steps", [0, -3])
 def test_less_than_one_step_is_refused_with_the_number(steps: int):
     with pytest.raises(SettingError, match=rf"at least 1, got {steps}\b"):

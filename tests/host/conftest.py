@@ -155,11 +155,8 @@ def draw(host: Host, tiny: Tiny) -> Callable[..., dict[str, Any]]:
         }
         assert changes.keys() <= {
             *inputs,
-            "guidance_start",
-            "guidance_end",
-            "nag_scale",
-            "nag_tau",
-            "nag_alpha",
+            *("guidance_start", "guidance_end", "denoise_by", "custom_noise"),
+            *("nag_scale", "nag_tau", "nag_alpha"),
         }
         (latent,) = host.run("LensSampler", **{**inputs, **changes})
         return latent

@@ -84,15 +84,25 @@ NODES = {
         ["base_resolution", "aspect_ratio", "batch_size"],
         [("LATENT", "LATENT"), ("width", "INT"), ("height", "INT")],
     ),
+    "LensImageToLatent": (
+        "Lens Image To Latent",
+        ["image", "vae", "base_resolution", "fit", "mask"],
+        [("LATENT", "LATENT"), ("image", "IMAGE"), ("mask", "MASK")],
+    ),
     "LensSampler": (
         "Lens Sampler",
         [
             *("model", "positive", "negative", "latent", "seed", "steps", "cfg", "noise", "denoise"),
-            *("guidance_start", "guidance_end", "nag_scale", "nag_tau", "nag_alpha"),
+            *("guidance_start", "guidance_end", "denoise_by", "custom_noise"),
+            *("nag_scale", "nag_tau", "nag_alpha"),
         ],
         [("LATENT", "LATENT")],
     ),
-    "LensScheduler": ("Lens Scheduler", ["steps", "latent", "denoise"], [("SIGMAS", "SIGMAS")]),
+    "LensScheduler": (
+        "Lens Scheduler",
+        ["steps", "latent", "denoise", "denoise_by"],
+        [("SIGMAS", "SIGMAS")],
+    ),
     "LensGuider": (
         "Lens Guider",
         [
@@ -101,7 +111,11 @@ NODES = {
         ],
         [("GUIDER", "GUIDER")],
     ),
-    "LensNoise": ("Lens Noise", ["seed"], [("NOISE", "NOISE")]),
+    "LensNoise": (
+        "Lens Noise",
+        ["seed", "variation_seed", "variation_strength", "batch", "noise"],
+        [("NOISE", "NOISE")],
+    ),
     "LensStepCache": (
         "Lens Step Cache",
         ["model", "threshold", "start", "end", "max_consecutive"],
@@ -141,7 +155,18 @@ SETTINGS = {
     ("LensStepCache", "start"): ("FLOAT", 0.1),
     ("LensStepCache", "end"): ("FLOAT", 1.0),
     ("LensStepCache", "max_consecutive"): ("INT", 3),
+    ("LensImageToLatent", "base_resolution"): (["256", "512", "768", "1024", "1440"], "1024"),
+    ("LensImageToLatent", "fit"): (["crop", "pad", "stretch"], "crop"),
+    ("LensSampler", "denoise_by"): (["steps", "noise level"], "steps"),
+    ("LensScheduler", "denoise_by"): (["steps", "noise level"], "steps"),
     ("LensNoise", "seed"): ("INT", 0),
+    ("LensNoise", "variation_seed"): ("INT", 0),
+    ("LensNoise", "variation_strength"): ("FLOAT", 0.0),
+    ("LensNoise", "batch"): (
+        ["together", "consecutive seeds", "consecutive variations"],
+        "together",
+    ),
+    ("LensNoise", "noise"): (["host", "reference"], "reference"),
     ("LensReasoner", "preset"): (
         ["general", "photo", "poster", "diagram", "short", "caption"],
         "general",
@@ -271,6 +296,11 @@ def test_what_older_workflows_lack_is_optional(host):
         ("LensEncoderLoader", "experts"),
         ("LensEncoderLoader", "feature_cache"),
         *((node_id, name) for node_id in ("LensSampler", "LensGuider") for name in GUIDANCE_SETTINGS),
+        ("LensSampler", "denoise_by"),
+        ("LensSampler", "custom_noise"),
+        ("LensScheduler", "denoise_by"),
+        *(("LensNoise", name) for name in ("variation_seed", "variation_strength", "batch", "noise")),
+        ("LensImageToLatent", "mask"),
         ("LensQuantizeModel", "file_name"),
         ("LensQuantizeModel", "overwrite"),
         ("LensLoraLoader", "block_strengths"),
@@ -287,9 +317,22 @@ def test_what_older_workflows_lack_is_optional(host):
         (
             "LensSampler",
             [42, "randomize", 20, 4.5, "reference", 0.5],
-            {"seed": 42, "steps": 20, "cfg": 4.5, "noise": "reference", "denoise": 0.5},
+            {
+                **{"seed": 42, "steps": 20, "cfg": 4.5, "noise": "reference", "denoise": 0.5},
+                **GUIDANCE_SETTINGS,
+                "denoise_by": "steps",
+            },
         ),
-        ("LensGuider", [4.5], {"cfg": 4.5}),
+        ("LensGuider", [4.5], {"cfg": 4.5, **GUIDANCE_SETTINGS}),
+        ("LensScheduler", [20, 0.5], {"steps": 20, "denoise": 0.5, "denoise_by": "steps"}),
+        (
+            "LensNoise",
+            [42, "randomize"],
+            {
+                **{"seed": 42, "variation_seed": 0, "variation_strength": 0.0},
+                **{"batch": "together", "noise": "reference"},
+            },
+        ),
     ],
 )
 def test_widgets_of_older_workflows_keep_their_places(host, node_id, widgets, settings):
@@ -297,7 +340,7 @@ def test_widgets_of_older_workflows_keep_their_places(host, node_id, widgets, se
     node = {"id": 1, "type": node_id, "widgets_values": widgets}
     info = {node_id: {"input": host.node_classes[node_id].INPUT_TYPES()}}
     prompt = to_prompt({"nodes": [node], "links": []}, info)
-    assert prompt["1"]["inputs"] == {**settings, **GUIDANCE_SETTINGS}
+    assert prompt["1"]["inputs"] == settings
 
 
 class _EchoClip:

@@ -170,6 +170,15 @@ def test_full_size_vae_encodes_like_comfyui(host, full_vaes):
     assert relative_l2(got["samples"], want["samples"]) < 1e-5
 
 
+def test_pictures_go_through_either_vae(host, full_vaes):
+    """LensImageToLatent with ComfyUI's own VAE, and with ours."""
+    picture = {"image": torch.rand(1, 90, 30, 3), "base_resolution": "256", "fit": "pad"}
+    results = [host.run("LensImageToLatent", vae=vae, **picture)[0] for vae in full_vaes[:2]]
+    want, got = (latent["samples"] for latent in results)
+    assert got.shape == want.shape == (1, 128, 22, 11) and results[0]["noise_mask"].shape == (1, 1, 22, 11)
+    assert relative_l2(got, want) < 1e-5
+
+
 def test_saved_weights_load_again(host, full_vaes, own_models):
     """What VAESave writes is a file for either loader."""
     import comfy.sd

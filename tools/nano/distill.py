@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import random
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lens_core.config import LENS, LENS_TURBO
-from lens_core.denoiser import LensDenoiser
+from lens_core.config import LENS_TURBO
+from lens_core.denoiser import DenoiserRun, LensDenoiser
 from lens_core.ops import sdpa
 from lens_core.sampling import norm_rescaled_guidance, sigmas, token_grid
 from lens_core.sampling.schedule import empirical_mu, shifted
@@ -44,31 +45,48 @@ class Distillation:
     """Teacher and student for pictures of one size."""
 
     def __init__(
-        self, models: Models, student: LensDenoiser, masters: Masters, size: Size, parts: int, scale: float
+        self,
+        teacher: LensDenoiser,
+        student: LensDenoiser,
+        walker: LensDenoiser,
+        masters: Masters,
+        size: Size,
+        parts: int,
+        scale: float,
     ) -> None:
-        self.models, self.student, self.masters = models, student, masters
+        """``walker`` is the student's ``twin``; it and the teacher are frozen. ``parts`` of the teacher's
+        steps make one of the student's, with guidance of ``scale``."""
+        self.teacher, self.student, self.walker, self.masters = teacher, student, walker, masters
         self.grid, self.scale = token_grid(*size), scale
-        tokens = self.grid[0] * self.grid[1]
-        self.levels = sigmas(STEPS, tokens).to(models.device)
-        self.between = [levels_between(first, tokens, parts).to(models.device) for first in range(STEPS)]
-        self._learn = Recorded(self._learn_now)
+        tokens, device = self.grid[0] * self.grid[1], next(teacher.parameters()).device
+        self.levels = sigmas(STEPS, tokens).to(device)
+        self.between = [levels_between(first, tokens, parts).to(device) for first in range(STEPS)]
+        # Kept: what it finds out about a model once would be read back in the midst of recording.
+        self.run = DenoiserRun()
+        self._recorded = [Recorded(partial(self.teach, first)) for first in range(STEPS)]
 
     def __call__(self, first: int, text: Tensor, real: Tensor) -> Tensor:
+        """``teach``, recorded."""
+        return self._recorded[first](text, real)
+
+    def teach(self, first: int, text: Tensor, real: Tensor) -> Tensor:
         """Teach the student's step ``first`` -> its error and the gradient's norm [2]."""
         shape = (len(text), self.grid[0] * self.grid[1], self.student.config.in_channels)
         x = self.start(first, torch.randn(shape, device=text.device), text, real)
         target = self.target(first, x, text, real)
-        return self._learn(x, self.levels[first].expand(len(x)), text, real, target)
+        sigma = self.levels[first].expand(len(x))
+        learnt = self.student(x.bfloat16(), sigma, text, self.grid, text_real=real, attention=sdpa)
+        error = F.mse_loss(learnt.float(), target)
+        error.backward()
+        return torch.stack([error.detach(), self.masters.step()])
 
-    @torch.no_grad()
     def start(self, first: int, x: Tensor, text: Tensor, real: Tensor) -> Tensor:
         """Where the student, from noise, stands before its step ``first``."""
         for level, following in zip(self.levels[:first], self.levels[1 : first + 1], strict=True):
             sigma = level.expand(len(x))
-            x = x + (following - level) * self._velocity(self.student, x, sigma, text, real)
+            x = x + (following - level) * self._velocity(self.walker, x, sigma, text, real)
         return x
 
-    @torch.no_grad()
     def target(self, first: int, x: Tensor, text: Tensor, real: Tensor) -> Tensor:
         """The mean velocity of the teacher's way from there to the student's next level."""
         begin, between = x, self.between[first]
@@ -76,18 +94,23 @@ class Distillation:
         text = text.repeat(2, 1, 1, 1)
         for level, following in pairwise(between):
             sigma = level.expand(2 * len(x))
-            both = self._velocity(self.models.denoiser, x.repeat(2, 1, 1), sigma, text, shown)
+            both = self._velocity(self.teacher, x.repeat(2, 1, 1), sigma, text, shown)
             wanted, unwanted = both.chunk(2)
             x = x + (following - level) * norm_rescaled_guidance(wanted, unwanted, self.scale)
         return (x - begin) / (between[-1] - between[0])
 
-    def _learn_now(self, x: Tensor, sigma: Tensor, text: Tensor, real: Tensor, target: Tensor) -> Tensor:
-        error = F.mse_loss(self._velocity(self.student, x, sigma, text, real), target)
-        error.backward()
-        return torch.stack([error.detach(), self.masters.step()])
-
     def _velocity(self, model: LensDenoiser, x: Tensor, sigma: Tensor, text: Tensor, real: Tensor) -> Tensor:
-        return model(x.bfloat16(), sigma, text, self.grid, text_real=real, attention=sdpa).float()
+        """Of a frozen model. Not under no_grad: there, modulation is kept by noise level and looked up."""
+        found = model(x.bfloat16(), sigma, text, self.grid, text_real=real, attention=sdpa, run=self.run)
+        return found.float()
+
+
+def twin(student: LensDenoiser) -> LensDenoiser:
+    """A frozen model with the student's own memory: it walks as the student does now, without gradients."""
+    found = TrainedDenoiser(student.config).requires_grad_(False)
+    for mine, own in zip(found.parameters(), student.parameters(), strict=True):
+        mine.data = own.data
+    return found
 
 
 def distil(args: argparse.Namespace) -> bool:
@@ -95,19 +118,20 @@ def distil(args: argparse.Namespace) -> bool:
     torch.manual_seed(args.seed)
     device = torch.device(args.device)
     models = Models(args.out, device)
-    trained = torch.load(args.out / "trained.pt", map_location=device)
-    models.encoder.load_state_dict(trained["encoder"])
-    models.denoiser.load_state_dict(trained["denoiser"])
+    models.denoiser.load_state_dict(torch.load(args.out / "trained.pt", map_location=device))
     student = TrainedDenoiser(DENOISER).to(device, torch.bfloat16)
     student.load_state_dict(models.denoiser.state_dict())
     masters = Masters(student.parameters(), average_over=300)
+    teacher, walker = models.denoiser.requires_grad_(False), twin(student)
     path, first = args.out / "distill_resume.pt", 0
     if path.exists():
         kept = torch.load(path, map_location=device)
         masters.load(kept["masters"])
         first = kept["step"]
         torch.manual_seed(args.seed + first)
-    lessons = {size: Distillation(models, student, masters, size, args.parts, LENS.cfg) for size in SIZES}
+    lessons = {
+        size: Distillation(teacher, student, walker, masters, size, args.parts, args.scale) for size in SIZES
+    }
     feed = batches(models.tokenizer_json, args.batch, args.workers, args.seed + 77 + first)
     curves, rng = Curves(args.out / "distill.json"), random.Random(args.seed + first)
     clock, index = Clock(args.minutes, args.finish), first
@@ -139,8 +163,9 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=1e9, help="of this run")
     parser.add_argument("--finish", action="store_true", help="the training ends when the minutes do")
     parser.add_argument("--parts", type=int, default=5, help="the teacher's steps in one of the student's")
+    parser.add_argument("--scale", type=float, default=2.0, help="the teacher's guidance")
     parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--rate", type=float, default=5e-4)
+    parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--workers", type=int, default=12)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

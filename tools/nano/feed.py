@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from lens_core.prompt.tokenizer import PromptTokenizer
 
 from .captions import caption
+from .properties import properties
 from .render import collate
 from .scenes import SIZES, Scene, Size, sample_scene
 
@@ -51,10 +52,14 @@ class Scenes(IterableDataset):
     def __init__(self, tokenizer_json: str | None, batch: int, seed: int) -> None:
         self.tokenizer_json, self.batch, self.seed = tokenizer_json, batch, seed
 
-    def __iter__(self) -> Iterator[Batch]:
+    def _begin(self) -> tuple[random.Random, PromptTokenizer | None]:
+        """Of this worker."""
         worker = torch.utils.data.get_worker_info()
         rng = random.Random(self.seed * 1000 + (worker.id if worker else 0))
-        tokenizer = None if self.tokenizer_json is None else PromptTokenizer.from_json(self.tokenizer_json)
+        return rng, None if self.tokenizer_json is None else PromptTokenizer.from_json(self.tokenizer_json)
+
+    def __iter__(self) -> Iterator[Any]:
+        rng, tokenizer = self._begin()
         while True:
             size = rng.choice(SIZES)
             scenes = [sample_scene(rng, size=size) for _ in range(self.batch)]
@@ -71,8 +76,28 @@ class Scenes(IterableDataset):
                 return ids
 
 
+class Captions(Scenes):
+    """Captions alone: ids and which are real [B, WIDTH], and what they say as classes [B, properties]."""
+
+    def __iter__(self) -> Iterator[Any]:
+        rng, tokenizer = self._begin()
+        assert tokenizer is not None
+        while True:
+            scenes = [sample_scene(rng) for _ in range(self.batch)]
+            told = torch.tensor([properties(scene) for scene in scenes])
+            yield *padded([self._tail(tokenizer, scene, rng) for scene in scenes]), told
+
+
+def captions(tokenizer_json: str, batch: int, workers: int, seed: int) -> Iterator[list[Tensor]]:
+    """Captions without end."""
+    return _loader(Captions(tokenizer_json, batch, seed), workers)
+
+
 def batches(tokenizer_json: str | None, batch: int, workers: int, seed: int) -> Iterator[Batch]:
     """Batches without end."""
+    return _loader(Scenes(tokenizer_json, batch, seed), workers)
+
+
+def _loader(scenes: Scenes, workers: int) -> Iterator[Any]:
     options: dict[str, Any] = {"prefetch_factor": 6, "pin_memory": False} if workers else {}
-    loader = DataLoader(Scenes(tokenizer_json, batch, seed), batch_size=None, num_workers=workers, **options)
-    return iter(loader)
+    return iter(DataLoader(scenes, batch_size=None, num_workers=workers, **options))

@@ -12,6 +12,7 @@ pixels with PAD empty ones around the glyph; capitals are CAP pixels high.
 
 from __future__ import annotations
 
+import math
 import sys
 from functools import cache
 from pathlib import Path
@@ -25,6 +26,8 @@ CAP, PAD = 44, 3
 CELL_WIDTH, CELL_HEIGHT = 72, 64
 # Empty space between two glyphs, in cap heights: enough that a blurred picture's letters stay apart.
 TRACKING = 0.16
+# Letters begin on a grid of so many pixels, the VAE's cells.
+ADVANCE = 8
 
 _FILE = Path(__file__).with_name("glyphs.png")
 _FONT_FILES = {
@@ -53,10 +56,15 @@ def ink_widths() -> dict[str, dict[str, float]]:
     }
 
 
-def line_width(text: str, font: str) -> float:
-    """A line's width in cap heights."""
-    widths = ink_widths()[font]
-    return sum(widths[glyph] for glyph in text) + TRACKING * (len(text) - 1)
+def advances(text: str, font: str, cap: float) -> list[float]:
+    """Each letter's room in pixels for capitals ``cap`` high, multiples of ADVANCE; ink is in its middle."""
+    needed = (cap * (ink_widths()[font][glyph] + TRACKING) for glyph in text)
+    return [ADVANCE * math.ceil(width / ADVANCE) for width in needed]
+
+
+def line_width(text: str, font: str, cap: float) -> float:
+    """A line's width in pixels."""
+    return sum(advances(text, font, cap))
 
 
 def draw(folder: Path) -> Image.Image:

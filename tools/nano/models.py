@@ -17,18 +17,15 @@ from .denoiser import TrainedDenoiser
 from .encoder import TrainedEncoder
 from .export import export
 from .flow import initialise
-from .tokenizer import train_tokenizer
+from .tokenizer import run_tokenizer
 from .training import Recorded
 
 
 class Models:
-    """What is trained, and the frozen VAE and tokenizer before it, on one device."""
+    """A denoiser to be trained, and what was before it, frozen: VAE, encoder and tokenizer; on one device."""
 
     def __init__(self, run: Path, device: torch.device) -> None:
-        tokenizer = run / "tokenizer.json"
-        if not tokenizer.exists():
-            tokenizer.write_text(train_tokenizer().to_str(), encoding="utf-8")
-        self.tokenizer_json = tokenizer.read_text(encoding="utf-8")
+        self.tokenizer_json = run_tokenizer(run)
         self.tokenizer = PromptTokenizer.from_json(self.tokenizer_json)
         self.device = device
         self.prefix = torch.tensor(self.tokenizer.prefix, device=device)
@@ -36,7 +33,9 @@ class Models:
         self.vae.model.load_state_dict(torch.load(run / "vae.pt", map_location="cpu"))
         self.vae.to(device, torch.bfloat16).requires_grad_(False)
         vocabulary = self.tokenizer.tokenizer.get_vocab_size()
-        self.encoder = TrainedEncoder(encoder_config(vocabulary)).to(device)
+        self.encoder = TrainedEncoder(encoder_config(vocabulary))
+        self.encoder.load_state_dict(torch.load(run / "encoder.pt", map_location="cpu"))
+        self.encoder.to(device).requires_grad_(False)
         self.denoiser = TrainedDenoiser(DENOISER)
         initialise(self.denoiser)
         self.denoiser.to(device, torch.bfloat16)

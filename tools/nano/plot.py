@@ -11,10 +11,11 @@ from lens_core.errors import MissingPackage
 # File and titles of the losses drawn from it.
 PARTS = {
     "vae.json": ("L1", "edges"),
-    "train.json": ("flow", "language"),
+    "encoder.json": ("language", "told"),
+    "train.json": ("flow",),
     "distill.json": ("step 1", "step 2", "step 3", "step 4"),
 }
-TITLES = {"vae.json": "VAE", "train.json": "Encoder and denoiser", "distill.json": "Turbo"}
+TITLES = {"vae.json": "VAE", "encoder.json": "Encoder", "train.json": "Denoiser", "distill.json": "Turbo"}
 
 
 def smoothed(values: list[float], keep: float = 0.9) -> list[float]:
@@ -27,7 +28,7 @@ def smoothed(values: list[float], keep: float = 0.9) -> list[float]:
 
 
 def plot(run: Path) -> Path:
-    """Draw what there is of the three trainings; returns the picture's path."""
+    """Draw what there is of the four trainings; returns the picture's path."""
     try:
         import matplotlib
     except ImportError as error:

@@ -14,16 +14,15 @@ from .train_vae import pictures
 
 
 class Pool:
-    """Pictures as latents, and their captions' tokens or features, on the device and by size.
+    """Pictures as latents, and their captions' features, on the device and by size.
 
     Drawing and encoding a picture takes longer than learning from it: each is used several times, at other
     noise levels, until newer ones take its place.
     """
 
-    def __init__(self, models: Models, feed: Iterator[Batch], room: int, features: bool) -> None:
-        """``room``: pictures of each size; it is filled at once. ``features``: keep them for the tokens, of
-        an encoder that learns no more."""
-        self.models, self.feed, self.room, self.features = models, feed, room, features
+    def __init__(self, models: Models, feed: Iterator[Batch], room: int) -> None:
+        """``room``: pictures of each size; it is filled at once."""
+        self.models, self.feed, self.room = models, feed, room
         self._kept: dict[Size, list[Tensor]] = {}
         self._count = dict.fromkeys(SIZES, 0)
         while min(self._count.values()) < room:
@@ -32,9 +31,7 @@ class Pool:
     def add(self) -> None:
         """A new batch in place of the oldest of its size."""
         batch, device = next(self.feed), self.models.device
-        text = batch.tails.to(device)
-        if self.features:
-            text = self.models.features(text)
+        text = self.models.features(batch.tails.to(device))
         new = (self.models.latents(pictures(batch, device)), batch.real.to(device), text)
         if batch.size not in self._kept:
             self._kept[batch.size] = [part.new_zeros(self.room, *part.shape[1:]) for part in new]
@@ -44,7 +41,7 @@ class Pool:
         self._count[batch.size] += len(text)
 
     def draw(self, size: Size, count: int) -> list[Tensor]:
-        """Latents [B, C, h, w], which tokens are real [B, S], and ids [B, S] or features [B, S, L, H], of
-        ``count`` pictures by chance."""
+        """Latents [B, C, h, w], which tokens are real [B, S], and features [B, S, L, H], of ``count``
+        pictures by chance."""
         rows = torch.randint(self.room, (count,), device=self.models.device)
         return [part[rows] for part in self._kept[size]]

@@ -14,19 +14,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .glyphs import CAP, CELL_HEIGHT, CELL_WIDTH, FONTS, GLYPHS, PAD, TRACKING, atlas, ink_widths, line_width
+from .glyphs import CAP, CELL_HEIGHT, CELL_WIDTH, FONTS, GLYPHS, PAD, advances, atlas, ink_widths
 from .scenes import COLOURS, SHAPES, TEXTURES, Group, Place, Scene, Word
 
 # Shapes and letters a picture has at most.
 _SHAPES, _LETTERS = 6, 5
 _NO_LETTER = len(FONTS) * len(GLYPHS)
-_FAINT = 0.13
-_PERIOD = 24.0
+_FAINT = 0.1
+_PERIOD = 32.0
 
 
 def collate(scenes: Sequence[Scene]) -> dict[str, Tensor]:
     """Parameters of scenes of one size, B first: ``ground`` [B, 6] two colours, ``texture`` and ``fade`` [B],
-    ``shapes`` [B, 6, 8] (kind or -1, x, y, half width, turn, colour), ``letters`` [B, 5, 7] (cell, left, top,
+    ``shapes`` [B, 6, 7] (kind or -1, x, y, half width, colour), ``letters`` [B, 5, 7] (cell, left, top,
     scale, colour)."""
     grounds, textures, fades, shapes, letters = [], [], [], [], []
     for scene in scenes:
@@ -44,7 +44,7 @@ def collate(scenes: Sequence[Scene]) -> dict[str, Tensor]:
             del places[: scene.main.count]
         if scene.other is not None:
             drawn += [_shape(scene.other, place) for place in places]
-        shapes.append(drawn + [(-1.0,) * 8] * (_SHAPES - len(drawn)))
+        shapes.append(drawn + [(-1.0,) * 7] * (_SHAPES - len(drawn)))
         letters.append(word + [(float(_NO_LETTER), 0, 0, 1, 0, 0, 0)] * (_LETTERS - len(word)))
     return {
         "ground": torch.tensor(grounds),
@@ -63,7 +63,7 @@ def render(batch: dict[str, Tensor], height: int, width: int) -> Tensor:
     picture = _background(batch, x, y)
     for shape in batch["shapes"].unbind(1):
         cover = _cover(shape, x, y).unsqueeze(1)
-        picture = torch.lerp(picture, shape[:, 5:, None, None], cover)
+        picture = torch.lerp(picture, shape[:, 4:, None, None], cover)
     if (batch["letters"][..., 0] < _NO_LETTER).any():
         for letter in batch["letters"].unbind(1):
             picture = torch.lerp(picture, letter[:, 4:, None, None], _letter_cover(letter, x, y))
@@ -79,26 +79,21 @@ def _tinted(colour: str, tint: tuple[float, float, float]) -> tuple[float, ...]:
 
 def _shape(group: Group, place: Place) -> tuple[float, ...]:
     kind = float(SHAPES.index(group.shape))
-    return (
-        kind,
-        place.x,
-        place.y,
-        place.across / 2,
-        math.radians(place.turn),
-        *_tinted(group.colour, place.tint),
-    )
+    return kind, place.x, place.y, place.across / 2, *_tinted(group.colour, place.tint)
 
 
 def _letters(word: Word, place: Place) -> list[tuple[float, ...]]:
     """Each letter's cell, and where that begins."""
     scale, widths = place.across / CAP, ink_widths()[word.font]
-    left = place.x - place.across * line_width(word.text, word.font) / 2
+    room = advances(word.text, word.font, place.across)
+    left = place.x - sum(room) / 2
     row, colour, result = FONTS.index(word.font), _tinted(word.colour, place.tint), []
-    for glyph in word.text:
+    for glyph, advance in zip(word.text, room, strict=True):
+        before = (advance - place.across * widths[glyph]) / 2
         cell = float(row * len(GLYPHS) + GLYPHS.index(glyph))
         top = place.y - place.across / 2 - (PAD + 3) * scale
-        result.append((cell, left - PAD * scale, top, scale, *colour))
-        left += place.across * (widths[glyph] + TRACKING)
+        result.append((cell, left + before - PAD * scale, top, scale, *colour))
+        left += advance
     return result
 
 
@@ -118,10 +113,9 @@ def _background(batch: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
 
 
 def _cover(shape: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """How much of each pixel [B, H, W] a shape [B, 8] covers."""
-    kind, at_x, at_y, half, turn = (shape[:, index, None, None] for index in range(5))
-    dx, dy = x - at_x, y - at_y
-    u, v = dx * turn.cos() + dy * turn.sin(), dy * turn.cos() - dx * turn.sin()
+    """How much of each pixel [B, H, W] a shape [B, 7] covers."""
+    kind, at_x, at_y, half = (shape[:, index, None, None] for index in range(4))
+    u, v = (x - at_x).expand(-1, y.shape[1], -1), (y - at_y).expand(-1, -1, x.shape[2])
     radius = torch.hypot(u, v)
     side, flat = u.abs(), v.abs()
     bar = 0.34 * half

@@ -8,6 +8,7 @@ colour, the background; a word, its colour) never occur in training: which ones,
 from __future__ import annotations
 
 import hashlib
+import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -45,10 +46,13 @@ NUMBERS = tuple(str(number) for number in range(100))
 
 # (height, width): the nine aspect ratios at about 256 image tokens.
 SIZES: tuple[Size, ...] = tuple(BUCKETS[256].values())
-# Pixels across; a picture's token is 16, so that even a small shape has a few.
-ACROSS = {"small": (34.0, 46.0), "large": (60.0, 88.0)}
-SMALL_BELOW = 53.0
-CAP_HEIGHTS = (36.0, 56.0)
+# Shapes and words stand on the grid of the VAE's cells, in pixels, and have few sizes: then a shape looks
+# alike wherever it is, and a small model need not learn it anew for every pixel that it is moved by.
+CELL = 8
+# Pixels across; a picture's token is two cells, so that even a small shape has a few.
+ACROSS = {"small": (40.0, 48.0), "large": (64.0, 72.0, 80.0)}
+SMALL_BELOW = 56.0
+CAP_HEIGHTS = (40.0, 48.0, 56.0)
 
 # Pairs of colours that a background may fade between, with what must not be drawn on it: the colours that
 # the fade passes near.
@@ -69,12 +73,9 @@ GRADIENTS: dict[tuple[str, str], tuple[str, ...]] = {
 }
 
 _MARGIN, _SPACING, _HALF_GAP = 4.0, 8.0, 2.0
-# A turned square or star reaches a little further than it is wide.
-_REACH = 1.06
 _HELD_OUT_OF_256 = 26
 _NAMES = tuple(COLOURS)
 _PAIRS = tuple(GRADIENTS)
-_ROUND = ("circle", "ring")
 # (columns, rows) in which so many shapes fit.
 _GRIDS = {1: ((1, 1),), 2: ((1, 2), (2, 1)), 3: ((1, 3), (3, 1), (2, 2))}
 _T = TypeVar("_T")
@@ -110,13 +111,12 @@ class Word:
 
 
 class Place(NamedTuple):
-    """Where one shape or word is: its centre and width (of a word: cap height) in pixels, its turn in
-    degrees, what its colour deviates from the palette's."""
+    """Where one shape or word is: its centre and width (of a word: cap height) in pixels, and what its
+    colour deviates from the palette's."""
 
     x: float
     y: float
     across: float
-    turn: float
     tint: tuple[float, float, float]
 
 
@@ -200,7 +200,7 @@ def _word_scene(
     width = size[1]
     word = _first(
         lambda: _word(rng),
-        lambda found: _allowed(found, background, held_out) and _largest_cap(found, width) >= CAP_HEIGHTS[0],
+        lambda found: _allowed(found, background, held_out) and _fits(found, CAP_HEIGHTS[0], width),
     )
     if relation is None:
         return Scene(*size, background, word, None, None, _put_word(rng, word, _whole(size)), _tint(rng))
@@ -278,36 +278,42 @@ def _scatter(rng: random.Random, group: Group, box: Box) -> tuple[Place, ...]:
     """Places of a group in its box: cells of a grid picked at random, each place somewhere in its cell."""
     left, top, right, bottom = box
     width, height = right - left, bottom - top
-    low, high = ACROSS[group.size]
     room = max(min(width / columns, height / rows) for columns, rows in _GRIDS[group.count])
-    across = rng.uniform(low, min(high, (room - _SPACING) / _REACH))
-    cell = across * _REACH + _SPACING
+    across = rng.choice([each for each in ACROSS[group.size] if each + _SPACING <= room])
+    cell = across + _SPACING
     # The thousandth forgives rounding where the room is just enough.
     columns, rows = int(width / cell + 1e-3), int(height / cell + 1e-3)
     slack_x, slack_y = max(0.0, width / columns - cell) / 2, max(0.0, height / rows - cell) / 2
     places = []
     for index in rng.sample(range(columns * rows), group.count):
-        x = left + (index % columns + 0.5) * width / columns + rng.uniform(-slack_x, slack_x)
-        y = top + (index // columns + 0.5) * height / rows + rng.uniform(-slack_y, slack_y)
-        turn = 0.0 if group.shape in _ROUND else rng.uniform(-6, 6)
-        places.append(Place(x, y, across, turn, _tint(rng)))
+        x = _on_grid(rng, left + (index % columns + 0.5) * width / columns, slack_x)
+        y = _on_grid(rng, top + (index // columns + 0.5) * height / rows, slack_y)
+        places.append(Place(x, y, across, _tint(rng)))
     return tuple(places)
 
 
-def _largest_cap(word: Word, width: int) -> float:
-    """The cap height at which the word fills a picture's width."""
-    return (width - 2 * _MARGIN - _SPACING) / line_width(word.text, word.font)
+def _on_grid(rng: random.Random, middle: float, slack: float) -> float:
+    """A coordinate at most ``slack`` from ``middle``: of the grid of cells, or where that has none there, of
+    the pixels."""
+    for step in (CELL, 1):
+        first, last = math.ceil((middle - slack) / step), math.floor((middle + slack) / step)
+        if first <= last:
+            return float(step * rng.randint(first, last))
+    return middle
+
+
+def _fits(word: Word, cap: float, width: float) -> bool:
+    return line_width(word.text, word.font, cap) + _SPACING + 2 * _MARGIN <= width
 
 
 def _put_word(rng: random.Random, word: Word, box: Box) -> tuple[Place, ...]:
     """A word's place in its box."""
     left, top, right, bottom = box
-    low, high = CAP_HEIGHTS
-    cap = rng.uniform(low, min(high, (right - left - _SPACING) / line_width(word.text, word.font)))
-    slack_x = (right - left - _SPACING - cap * line_width(word.text, word.font)) / 2
     # Q and J reach a quarter of the cap height below the line.
-    slack_y = (bottom - top - _SPACING - 1.5 * cap) / 2
-    x, y = (left + right) / 2, (top + bottom) / 2
-    return (
-        Place(x + rng.uniform(-slack_x, slack_x), y + rng.uniform(-slack_y, slack_y), cap, 0.0, _tint(rng)),
-    )
+    room = (bottom - top - _SPACING) / 1.5
+    width = right - left + 2 * _MARGIN
+    cap = rng.choice([each for each in CAP_HEIGHTS if each <= room and _fits(word, each, width)])
+    slack_x = (right - left - _SPACING - line_width(word.text, word.font, cap)) / 2
+    x = _on_grid(rng, (left + right) / 2, slack_x)
+    y = _on_grid(rng, (top + bottom) / 2, (bottom - top - _SPACING - 1.5 * cap) / 2)
+    return (Place(x, y, cap, _tint(rng)),)

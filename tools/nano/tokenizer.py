@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -36,6 +37,14 @@ def train_tokenizer(captions: int = 20_000, seed: int = 0) -> Tokenizer:
     tokenizer.train_from_iterator(_texts(captions, seed), trainer)
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIALS])
     return tokenizer
+
+
+def run_tokenizer(run: Path) -> str:
+    """The tokenizer of a run's folder as JSON; made where there is none yet."""
+    path = run / "tokenizer.json"
+    if not path.exists():
+        path.write_text(train_tokenizer().to_str(), encoding="utf-8")
+    return path.read_text(encoding="utf-8")
 
 
 def _texts(captions: int, seed: int) -> Iterator[str]:

@@ -26,7 +26,7 @@ from .scenes import SIZES, sample_scene
 from .training import Curves, Masters, Recorded, rate_at, save_checkpoint
 
 NAMES = ("L1", "edges", "KL", "gradient")
-_KL = 2e-3
+_KL = 5e-3
 # Of the windows that the VAE is trained on.
 _SIDE = 128
 
