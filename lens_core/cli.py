@@ -26,7 +26,7 @@ from .cli_flags import ATTENTIONS, OFF, add_generate, default_cache
 from .cli_quantize import add_quantize, quantize
 from .cli_reasoner import check_reasoner, reasoner_settings, rewritten, rewritten_by
 from .config import PLACEMENTS, TEMPLATE_DATE, DenoiserConfig, EncoderOptions, Variant
-from .denoiser import STEP_CACHE_OFF, BlockGraphs, StepCacheOptions
+from .denoiser import NAG_OFF, STEP_CACHE_OFF, BlockGraphs, NagOptions, StepCacheOptions
 from .errors import LensError, SettingError
 from .feature_cache import FeatureCache
 from .images import save_png
@@ -68,7 +68,7 @@ def generate(args: argparse.Namespace) -> list[Path]:
     check_reasoner(args)
     options = _encoder_options(args)
     loras = [parse_choice(text) for text in args.lora]
-    guided, step_cache = _savings(args)
+    guided, step_cache, nag = _savings(args)
     attention = _attention(args, dtype)
     steps = variant.steps if args.steps is None else args.steps
     cfg = variant.cfg if args.cfg is None else args.cfg
@@ -97,6 +97,7 @@ def generate(args: argparse.Namespace) -> list[Path]:
                 on_step=_position(bar),
                 guided=guided,
                 step_cache=step_cache,
+                nag=nag,
                 later=prompts[index + 1 :],
             )
         for number, image in enumerate(images.cpu()):
@@ -117,7 +118,7 @@ def generate(args: argparse.Namespace) -> list[Path]:
                 "variant": variant.name,
                 **_other_parts(args),
                 **reasoner_settings(args, originals[index], prompt),
-                **_unusual(options, args.attention, guided, step_cache, pipeline.quantization, loras),
+                **_unusual(options, args.attention, guided, step_cache, nag, pipeline.quantization, loras),
             }
             paths.append(save_png(image, args.out, settings))
     if pipeline.graphs is not None:
@@ -244,13 +245,15 @@ def _attention(args: argparse.Namespace, dtype: torch.dtype) -> Attention | None
     return flash3_on(torch.device(args.device), dtype, DenoiserConfig().attention_head_dim)
 
 
-def _savings(args: argparse.Namespace) -> tuple[Interval, StepCacheOptions]:
-    """The guided steps and the step cache that the flags mean; raises before anything is loaded."""
+def _savings(args: argparse.Namespace) -> tuple[Interval, StepCacheOptions, NagOptions]:
+    """The guided steps, step cache and NAG that the flags mean; raises before anything is loaded."""
     flag = "--guidance_interval"
     try:
         guided = Interval(*args.guidance_interval)
         flag = "--step_cache"
-        return guided, StepCacheOptions(threshold=args.step_cache)
+        step_cache = StepCacheOptions(threshold=args.step_cache)
+        flag = "--nag_scale"
+        return guided, step_cache, NagOptions(args.nag_scale)
     except SettingError as error:
         raise SettingError(f"{flag}: {error}") from error
 
@@ -292,6 +295,7 @@ def _unusual(
     attention: str,
     guided: Interval,
     step_cache: StepCacheOptions,
+    nag: NagOptions,
     quantization: str,
     loras: Sequence[Choice],
 ) -> dict[str, Any]:
@@ -304,6 +308,7 @@ def _unusual(
         "template_date": (options.date, usual.date),
         "guidance_interval": ([guided.start, guided.end], [WHOLE.start, WHOLE.end]),
         "step_cache": (step_cache.threshold, STEP_CACHE_OFF.threshold),
+        "nag_scale": (nag.scale, NAG_OFF.scale),
         "attention": (attention, "auto"),
         "quant_transformer": (quantization, NONE),
         "lora": ([str(lora) for lora in loras], []),

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import PLACEMENTS
-from .denoiser import DEFAULT_THRESHOLD, STEP_CACHE_OFF
+from .denoiser import DEFAULT_THRESHOLD, NAG_OFF, STEP_CACHE_OFF
 from .interval import WHOLE
 from .loading import DTYPES
 from .memory.plan import OFFLOADS
@@ -37,7 +37,9 @@ def add_generate(commands: Any, device: str) -> None:
     add("--text_encoder", type=Path, metavar="PATH", help=other)
     add("--vae", type=Path, metavar="PATH", help=other)
     add("--prompt", required=True, help="what to draw; several prompts are joined by |")
-    add("--negative_prompt", default="", help="what to avoid (only where cfg is not 1)")
+    add("--negative_prompt", default="", help="what to avoid (at cfg 1: see --nag_scale)")
+    away = "at cfg 1, how far attention is moved away from the negative prompt, 4 for example; 0: not at all"
+    add("--nag_scale", type=float, default=NAG_OFF.scale, metavar="SCALE", help=away)
     bases = f"one of {BASE_RESOLUTIONS}; 256 is for the nano model"
     add("--base_resolution", type=int, default=1440, help=bases)
     add("--aspect_ratio", default="1:1", help=f"width:height, one of {', '.join(ASPECT_RATIOS)}")

@@ -12,7 +12,18 @@ import torch
 from torch import Tensor
 
 from .config import ENCODER_OPTIONS, EncoderOptions
-from .denoiser import STEP_CACHE_OFF, BlockGraphs, DenoiserRun, LensDenoiser, StepCache, StepCacheOptions
+from .denoiser import (
+    NAG_OFF,
+    STEP_CACHE_OFF,
+    BlockGraphs,
+    DenoiserRun,
+    LensDenoiser,
+    NagOptions,
+    Negative,
+    StepCache,
+    StepCacheOptions,
+    warn_without_effect,
+)
 from .encoder import no_features
 from .feature_cache import FeatureCache
 from .interval import WHOLE, Interval
@@ -28,9 +39,9 @@ from .reasoner.rewrite import Rewritten
 from .residence import Residence
 from .sampling import (
     euler,
+    is_guided,
     norm_rescaled_guidance,
     reference_noise,
-    scale_at,
     sigmas,
     token_grid,
     tokens_to_grid,
@@ -130,18 +141,22 @@ class LensPipeline:
         on_step: OnStep | None = None,
         guided: Interval = WHOLE,
         step_cache: StepCacheOptions = STEP_CACHE_OFF,
+        nag: NagOptions = NAG_OFF,
         later: Sequence[str] = (),
     ) -> Tensor:
         """Pictures [B, H, W, 3] in bytes from starting noise [B, N, C]; ``size`` is (height, width).
 
-        Outside the ``guided`` steps cfg is 1; ``step_cache`` says which steps may be skipped. ``later`` are
+        Outside the ``guided`` steps cfg is 1; ``step_cache`` says which steps may be skipped, ``nag`` how the
+        negative is avoided in the guided steps at cfg 1. ``later`` are
         the prompts to come, encoded too while the encoder is there. Where memory runs out after all, once
         more with everything streamed; raises OutOfMemory if that fails too.
         """
-        asked = [prompt, *([negative] if negative.strip() and cfg != 1 else ())]
+        warn_without_effect(cfg, nag, bool(negative.strip()))
+        asked = [prompt, *([negative] if negative.strip() and (cfg != 1 or nag.scale) else ())]
         split = self.text.file.tokenizer.split
         tokens = max(len(split(self._ids(text))[1]) for text in (*asked, *later))
-        picture = Picture(*size, noise.shape[0], tokens, steps)
+        both = 2 if cfg == 1 and nag.scale else 1  # prompt and negative in one forward
+        picture = Picture(*size, noise.shape[0], both * tokens, steps)
         draw = partial(
             self._draw,
             asked,
@@ -153,6 +168,7 @@ class LensPipeline:
             on_step=on_step,
             guided=guided,
             step_cache=step_cache,
+            nag=nag,
         )
         return recovering(
             lambda: draw(self.residence.plan(picture)),
@@ -175,6 +191,7 @@ class LensPipeline:
         on_step: OnStep | None,
         guided: Interval,
         step_cache: StepCacheOptions,
+        nag: NagOptions,
     ) -> Tensor:
         for text in (*asked, *later):
             if text not in self._encoded:
@@ -184,7 +201,7 @@ class LensPipeline:
         self.residence.for_sampling(plan)
         prompts = [self.denoiser.embed_text(part) for part in (*features, self.empty_features())[:2]]
         del features
-        latents = self._sample(prompts, noise, size, steps, cfg, on_step, guided, step_cache)
+        latents = self._sample(prompts, noise, size, steps, cfg, on_step, guided, step_cache, nag)
         self.residence.for_decoding(plan)
         return to_uint8(self.vae.decode(tokens_to_grid(latents, token_grid(*size))))
 
@@ -198,6 +215,7 @@ class LensPipeline:
         on_step: OnStep | None,
         guided: Interval,
         step_cache: StepCacheOptions,
+        nag: NagOptions,
     ) -> Tensor:
         """Latents [B, N, C] by two embedded prompts [1, S, H]: the wanted, the unwanted."""
         positive, unwanted = prompts
@@ -208,8 +226,9 @@ class LensPipeline:
         run = DenoiserRun(known[:-1], cache=cache)
 
         def velocity(x: Tensor, sigma: Tensor) -> Tensor:
-            scale = cfg if guided.whole else scale_at(sigma.item(), known, cfg, guided)
-            return self.velocity(x, sigma, positive, unwanted, scale, grid, run)
+            inside = guided.whole or is_guided(sigma.item(), known, guided)
+            scale, options = (cfg, nag) if inside else (1.0, NAG_OFF)
+            return self.velocity(x, sigma, positive, unwanted, scale, grid, run, options)
 
         latents = euler(velocity, noise, levels.to(self.device), on_step)
         if cache is not None:
@@ -276,12 +295,15 @@ class LensPipeline:
         cfg: float,
         grid: tuple[int, int],
         run: DenoiserRun | None = None,
+        nag: NagOptions = NAG_OFF,
     ) -> Tensor:
-        """Guided velocity [B, N, C] by embedded prompts [1, S, H]; at cfg 1 the negative is not evaluated."""
+        """Guided velocity [B, N, C] by embedded prompts [1, S, H]; at cfg 1 the negative is not evaluated;
+        ``nag`` may have it avoided."""
         batch = x.shape[0]
         level = sigma.expand(batch)
         denoiser = partial(self.denoiser, attention=self.attention, run=run, graphs=self.graphs)
-        cond = denoiser(x, level, positive.expand(batch, -1, -1), grid, entry="positive")
+        avoided = Negative(negative, nag) if cfg == 1 and nag.scale else None
+        cond = denoiser(x, level, positive.expand(batch, -1, -1), grid, entry="positive", negative=avoided)
         if cfg == 1:
             return cond
         uncond = denoiser(x, level, negative.expand(batch, -1, -1), grid, entry="negative")

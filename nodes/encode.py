@@ -34,7 +34,7 @@ class LensTextEncode(io.ComfyNode):
                     multiline=True,
                     default="",
                     optional=True,
-                    tooltip="What to avoid. Blank is what Lens was published with; unused at cfg 1.",
+                    tooltip="What to avoid (at cfg 1 by nag_scale). Blank is what Lens was published with.",
                 ),
                 *_options(),
             ],

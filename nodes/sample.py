@@ -2,6 +2,7 @@
 
 from comfy_api.latest import io
 
+from ..lens_core.denoiser import NagOptions
 from ..lens_core.sampling import BY_STEPS, DENOISE_BY
 from .host.noise import BATCHES, HOST, KINDS, REFERENCE, TOGETHER, SeededNoise
 from .host.sampling import make_guider, sample, sigmas_for
@@ -19,7 +20,7 @@ def _positive() -> io.Input:
 
 
 def _negative() -> io.Input:
-    return io.Conditioning.Input("negative", tooltip="What to avoid; not evaluated at cfg 1.")
+    return io.Conditioning.Input("negative", tooltip="What to avoid; at cfg 1 it needs nag_scale.")
 
 
 def _latent() -> io.Input:
@@ -79,6 +80,42 @@ def _guided() -> list[io.Input]:
             "guidance_end",
             default=1.0,
             tooltip=f"Share of the steps after which guidance ends. {meaning}",
+            **common,
+        ),
+    ]
+
+
+def _nag() -> list[io.Input]:
+    """Normalised attention guidance; optional, so that older workflows load."""
+    common = {"step": 0.01, "round": 0.001, "optional": True, "advanced": True}
+    return [
+        io.Float.Input(
+            "nag_scale",
+            default=0.0,
+            min=0.0,
+            max=50.0,
+            step=0.1,
+            round=0.01,
+            optional=True,
+            tooltip=(
+                "For Turbo: at cfg 1, how far attention is moved away from the negative (normalised "
+                "attention guidance, NAG). 0 is off, 4 a good start."
+            ),
+        ),
+        io.Float.Input(
+            "nag_tau",
+            default=2.5,
+            min=1.0,
+            max=10.0,
+            tooltip="How large a token's attention may become by nag_scale, relative to the prompt's own.",
+            **common,
+        ),
+        io.Float.Input(
+            "nag_alpha",
+            default=0.25,
+            min=0.0,
+            max=1.0,
+            tooltip="How much of the moved attention is used; the rest is the prompt's own.",
             **common,
         ),
     ]
@@ -157,6 +194,7 @@ class LensSampler(io.ComfyNode):
                     optional=True,
                     tooltip="From LensNoise or another node: taken instead of seed and noise.",
                 ),
+                *_nag(),
             ],
             outputs=[io.Latent.Output(display_name="LATENT", tooltip="For LensVAEDecode.")],
         )
@@ -177,10 +215,14 @@ class LensSampler(io.ComfyNode):
         guidance_end=1.0,
         denoise_by=BY_STEPS,
         custom_noise=None,
+        nag_scale=0.0,
+        nag_tau=2.5,
+        nag_alpha=0.25,
     ) -> io.NodeOutput:
         settings = {"seed": seed, "steps": steps, "cfg": cfg, "noise": noise, "denoise": denoise}
         settings |= {"denoise_by": denoise_by, "custom_noise": custom_noise}
         settings["guided"] = (guidance_start, guidance_end)
+        settings["nag"] = NagOptions(nag_scale, nag_tau, nag_alpha)
         return io.NodeOutput(sample(model, positive, negative, latent, **settings))
 
 
@@ -215,13 +257,25 @@ class LensGuider(io.ComfyNode):
             category=_CATEGORY,
             description="Guidance rescaled to the prompt's own strength, for SamplerCustomAdvanced.",
             search_aliases=["microsoft lens", "cfg", "guidance"],
-            inputs=[_model(), _positive(), _negative(), _cfg(), *_guided()],
+            inputs=[_model(), _positive(), _negative(), _cfg(), *_guided(), *_nag()],
             outputs=[io.Guider.Output(display_name="GUIDER", tooltip="For SamplerCustomAdvanced.")],
         )
 
     @classmethod
-    def execute(cls, model, positive, negative, cfg, guidance_start=0.0, guidance_end=1.0) -> io.NodeOutput:
-        return io.NodeOutput(make_guider(model, positive, negative, cfg, (guidance_start, guidance_end)))
+    def execute(
+        cls,
+        model,
+        positive,
+        negative,
+        cfg,
+        guidance_start=0.0,
+        guidance_end=1.0,
+        nag_scale=0.0,
+        nag_tau=2.5,
+        nag_alpha=0.25,
+    ) -> io.NodeOutput:
+        guided, nag = (guidance_start, guidance_end), NagOptions(nag_scale, nag_tau, nag_alpha)
+        return io.NodeOutput(make_guider(model, positive, negative, cfg, guided, nag))
 
 
 class LensNoise(io.ComfyNode):

@@ -30,6 +30,7 @@ from ..kernels.linear import linears
 from ..ops import Attention, Operations, fastest_attention
 from ..quant.layer_format import LayerFormat
 from ..quant.linear import Packed
+from .nag import TwoPrompts, guide
 
 # One block's tables [B, 6 H]: the image's and the text's.
 Tables = tuple[Tensor, Tensor]
@@ -44,6 +45,7 @@ class Shared:
     norm's weight as its caller's operations would use it beside x, ``form_of`` how a linear is quantised, if
     it is, and ``packed_of`` its weight where it is at hand on a device. ``text_queries``: the last block too
     asks with the text's queries, though no one reads the answers (an attention override may count on them).
+    ``prompts``: the text stream holds an unwanted prompt after the wanted one (see ``nag``).
     """
 
     kernels: BlockKernels
@@ -56,6 +58,7 @@ class Shared:
     packed_of: Callable[[nn.Module, torch.device], Packed | None]
     bounded: Collection[JointAttention] = ()
     text_queries: bool = False
+    prompts: TwoPrompts | None = None
 
     def kind(self, *layers: Any) -> str | None:
         """What the inputs of these linears, alike in size, are to be quantised to, if they agree on it."""
@@ -109,26 +112,59 @@ class JointAttention(nn.Module):
         """To queries, keys and values: the image's and the text's."""
         return self.img_qkv, self.txt_qkv
 
-    def forward(
-        self, streams: Sequence[Tensor], normed: Sequence[Inputs], shared: Shared, image_only: bool
-    ) -> list[Tensor]:
+    def forward(self, normed: Sequence[Inputs], shared: Shared, image_only: bool) -> list[Tensor]:
         """Norms of streams [B, T, H] -> the updates; only the image's if no one will read the text's."""
         qkv = shared.apply(self.projections(), normed)
+        outs = (self.to_out[0], self.to_add_out)
+        if shared.prompts is None or len(qkv) == 1:
+            return shared.apply(outs, self._answers(qkv, shared.rotary, shared.mask, shared, image_only))
+        return shared.apply(outs, self._guided(qkv, shared.prompts, shared, image_only))
+
+    def _guided(
+        self, qkv: list[Tensor], prompts: TwoPrompts, shared: Shared, image_only: bool
+    ) -> list[Tensor]:
+        """``_answers`` where the text is two prompts: the image's are moved away from the unwanted."""
+        img, txt = qkv
+        tokens = img.shape[1]
+        rotary = prompts.split(shared.rotary, tokens, 1)
+        masks = (None, None) if shared.mask is None else prompts.split(shared.mask, tokens, -1)
+        ours, theirs = txt.tensor_split((prompts.wanted,), 1)
+        pairs = [list(streams_of(img.clone(), ours)), list(streams_of(img, theirs))]  # a copy to overwrite
+        qkv.clear()
+        del img, txt, ours, theirs
+        wanted, unwanted = (
+            self._answers(pair, turns, mask, shared, image_only)
+            for pair, turns, mask in zip(pairs, rotary, masks, strict=True)
+        )
+        guided = guide(wanted[0], unwanted[0], prompts.options)
+        rest = [*wanted[1:], *unwanted[1:]]
+        return [guided, torch.cat(rest, dim=1)] if rest else [guided]
+
+    def _answers(
+        self,
+        qkv: list[Tensor],
+        rotary: Tensor,
+        mask: Tensor | None,
+        shared: Shared,
+        image_only: bool,
+    ) -> list[Tensor]:
+        """Projections [B, T, 3 H] of each stream -> what its tokens, or the image's alone, get [B, T, H].
+
+        They may be overwritten, and the list is emptied: their memory may be wanted for the attention.
+        """
         pairs = ((self.norm_q, self.norm_k), (self.norm_added_q, self.norm_added_k))[: len(qkv)]
         norms = [HeadNorms(shared.weight_of(q, qkv[0]), shared.weight_of(k, qkv[0]), q.eps) for q, k in pairs]
-        outs = (self.to_out[0], self.to_add_out)
         attend = shared.kernels.attend
-        if attend is not None and shared.attention is None and shared.mask is None and self in shared.bounded:
-            return shared.apply(outs, attend(qkv, norms, shared.rotary, image_only))
-        q, k, v = shared.kernels.joint_heads(qkv, norms, shared.rotary)
-        del qkv
-        image = streams[0].shape[1]
+        if attend is not None and shared.attention is None and mask is None and self in shared.bounded:
+            return attend(qkv, norms, rotary, image_only)
+        image, count = qkv[0].shape[1], len(qkv)
+        q, k, v = shared.kernels.joint_heads(qkv, norms, rotary)
+        qkv.clear()
         if image_only and not shared.text_queries:
             q = q[:, :image]
         attention = shared.attention or fastest_attention(q.device)
-        out = attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), shared.mask)
-        parts = (out[:, :image], out[:, image:])[: 1 if image_only else len(streams)]
-        return shared.apply(outs, parts)
+        out = attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask)
+        return [out[:, :image], out[:, image:]][: 1 if image_only else count]
 
 
 class LensBlock(nn.Module):
@@ -164,7 +200,7 @@ class LensBlock(nn.Module):
         The updates are not added yet: that is one step with the next block's first norm.
         """
         kernels = shared.kernels
-        updates = self.attn(streams, normed, shared, self.last)
+        updates = self.attn(normed, shared, self.last)
         norms = (self.img_norm2, self.txt_norm2)
         rows = _rows(norms, zip(streams, updates, tables, strict=False), tables, shared)
         mlps = (self.img_mlp, self.txt_mlp)[: len(rows)]

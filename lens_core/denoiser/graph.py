@@ -177,7 +177,7 @@ def _name(weights: Sequence[Tensor], streams: Sequence[Tensor], shared: Shared) 
     """All that a graph is recorded for but its inputs' values."""
     shapes = tuple((x.shape, x.dtype) for x in streams)
     kernels = shared.kernels.name, frozenset(shared.bounded)
-    return shapes, kernels, tuple(weight.data_ptr() for weight in weights)
+    return shapes, kernels, shared.prompts, tuple(weight.data_ptr() for weight in weights)
 
 
 @cache

@@ -26,6 +26,7 @@ from ..quantized import QuantizedLinear, form_of
 from .block import LensBlock, Shared, streams_of
 from .graph import BlockGraphs
 from .modulation import Modulation
+from .nag import Negative, TwoPrompts
 from .run import DenoiserRun
 
 
@@ -132,19 +133,24 @@ class LensDenoiser(nn.Module):
         run: DenoiserRun | None = None,
         graphs: BlockGraphs | None = None,
         entry: Hashable = None,
+        negative: Negative | None = None,
     ) -> Tensor:
         """Velocity [B, N, C] of latents [B, N, C] at noise level sigma [B] in [0, 1].
 
         ``text`` is [B, S, L, text hidden] or ``embed_text``'s [B, S, H], S = 0 for an empty prompt; ``grid``
         is (h, w) with h * w = N; ``text_real`` [B, S] marks real tokens, None when all are (no mask is
         built); ``attention`` None is the fastest here; ``run`` keeps what the steps of one picture share,
-        ``graphs`` recorded launches; ``entry`` names what is denoised by what text for the run's step cache.
+        ``graphs`` recorded launches; ``entry`` names what is denoised by what text for the run's step cache;
+        ``negative`` is kept away from by attention guidance (see ``nag``).
         """
         run = DenoiserRun() if run is None else run
         img = self.img_in(latents)
         txt = text if text.ndim == 3 else self.embed_text(text)
         modulation = run.modulation(self, sigma, img.dtype)
-        shared = self.shared(img, txt, grid, text_real, attention, run)
+        prompts = None
+        if negative is not None:
+            txt, text_real, prompts = negative.after(txt, text_real)
+        shared = self.shared(img, txt, grid, text_real, attention, run, prompts)
         through = run.through(graphs, entry, sigma)
         img = through(self.ready(img.device), streams_of(img, txt), modulation.tables(), shared)[0]
         return self.project_out(img, modulation)
@@ -170,8 +176,10 @@ class LensDenoiser(nn.Module):
         text_real: Tensor | None,
         attention: Attention | None,
         run: DenoiserRun,
+        prompts: TwoPrompts | None = None,
     ) -> Shared:
-        """What all blocks share in a forward with streams img [B, N, H] and txt [B, S, H]."""
+        """What all blocks share in a forward with streams img [B, N, H] and txt [B, S, H], of one prompt or
+        of two."""
         mask = None if text_real is None else padding_mask(text_real, img.shape[1], img.dtype)
         trained = (img, txt, *self.parameters()) if torch.is_grad_enabled() else ()
         if any(x.requires_grad for x in trained):  # a training node: only the definitions have gradients
@@ -179,7 +187,10 @@ class LensDenoiser(nn.Module):
         else:
             kernels = choose_block(img.device, img.dtype, self.config.attention_head_dim)
             linears = choose_linear(img.device, img.dtype)
-        rotary = run.rotary(self, grid, txt.shape[1], img.device)
+        lengths = [txt.shape[1]] if prompts is None else [prompts.wanted, txt.shape[1] - prompts.wanted]
+        rotary, *more = (run.rotary(self, grid, length, img.device) for length in lengths)
+        if more:  # the unwanted prompt's tokens are where the wanted one's are
+            rotary = torch.cat([rotary, more[0][:, img.shape[1] :]], dim=1)
         bounded = () if kernels.attend is None else run.bounded(self, img)
         return Shared(
             kernels,
@@ -191,6 +202,7 @@ class LensDenoiser(nn.Module):
             self.form_of,
             self.packed_of,
             bounded,
+            prompts=prompts,
         )
 
     def project_out(self, img: Tensor, modulation: Modulation) -> Tensor:

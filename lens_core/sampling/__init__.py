@@ -1,7 +1,7 @@
 """Noise levels, guidance, the Euler loop, starting noise, sizes, and pictures brought to them."""
 
 from .fit import FITS, fit_image, fit_mask, mask_of_tokens, pixels_of_tokens, placement
-from .guidance import norm_rescaled_guidance, scale_at
+from .guidance import is_guided, norm_rescaled_guidance
 from .loop import euler
 from .noise import grid_to_tokens, reference_noise, slerp, tokens_to_grid
 from .resolution import (
@@ -31,6 +31,7 @@ __all__ = [
     "fit_image",
     "fit_mask",
     "grid_to_tokens",
+    "is_guided",
     "mask_of_tokens",
     "nearest_bucket",
     "norm_rescaled_guidance",
@@ -38,7 +39,6 @@ __all__ = [
     "pixels_of_tokens",
     "placement",
     "reference_noise",
-    "scale_at",
     "sigmas",
     "slerp",
     "token_grid",

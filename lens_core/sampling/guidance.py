@@ -30,7 +30,7 @@ def norm_rescaled_guidance(cond: Tensor, uncond: Tensor, scale: float, dim: int 
     return (guided * ratio).to(guided.dtype)
 
 
-def scale_at(level: float, levels: Sequence[float], scale: float, interval: Interval) -> float:
-    """``scale`` if the step of a run over ``levels`` that asks for noise level ``level`` is in ``interval``;
-    else 1, which needs no unconditional prediction."""
-    return scale if step_at(level, levels) in interval.steps(len(levels) - 1) else 1.0
+def is_guided(level: float, levels: Sequence[float], interval: Interval) -> bool:
+    """Whether the step of a run over ``levels`` that asks for noise level ``level`` is in ``interval``;
+    outside it cfg is 1, which needs no unconditional prediction."""
+    return step_at(level, levels) in interval.steps(len(levels) - 1)

@@ -13,11 +13,12 @@ from typing import Any
 
 import comfy.ops
 import comfy.patcher_extension
+import comfy.utils
 import torch
 from torch import Tensor
 
 from ...lens_core.config import DenoiserConfig
-from ...lens_core.denoiser import DenoiserRun, LensDenoiser
+from ...lens_core.denoiser import DenoiserRun, LensDenoiser, Negative
 from ...lens_core.denoiser.block import Shared, Tables, run_blocks, streams_of
 from ...lens_core.denoiser.modulation import Modulation
 from ...lens_core.quant.layer_format import LayerFormat
@@ -30,6 +31,8 @@ from .quantized import at_hand, form_of, packed_of
 RUN = "lens_run"
 # And the BlockGraphs of the MODEL, if the user wants them.
 GRAPHS = "lens_graphs"
+# And the Negative that attention is kept away from (its text not yet embedded where hooks change weights).
+NAG = "lens_nag"
 _HOOKED = "another node works between the blocks or on their attention, and must see them all"
 
 
@@ -92,8 +95,12 @@ class HostDenoiser(LensDenoiser):
         grid = (x.shape[-2], x.shape[-1])
         img, txt = self.img_in(grid_to_tokens(x)), self.text_stream(context, x)
         img, txt = _patched(options, "post_input", {"img": img, "txt": txt})
+        prompts = None
+        if NAG in options:
+            negative = self._negative(options[NAG], img, len(options.get("cond_or_uncond", (0,))))
+            txt, attention_mask, prompts = negative.after(txt, attention_mask)
         modulation = run.modulation(self, timestep, img.dtype)
-        shared = self.shared(img, txt, grid, attention_mask, host_attention(options), run)
+        shared = self.shared(img, txt, grid, attention_mask, host_attention(options), run, prompts)
         if hooked(options, control):
             if run.cache is not None:
                 run.cache.hinder(_HOOKED)
@@ -111,6 +118,16 @@ class HostDenoiser(LensDenoiser):
         if context.shape[-1] != layers * width:
             return context
         return self.embed_text(context.unflatten(-1, (layers, width)))
+
+    def _negative(self, negative: Negative, img: Tensor, entries: int) -> Negative:
+        """It beside the stream img [B, N, H] of ``entries`` conditionings: a row for each picture of each."""
+
+        def rows(x: Tensor) -> Tensor:
+            repeated = comfy.utils.repeat_to_batch_size(x.to(img.device), len(img) // entries)
+            return repeated.repeat(entries, *(1 for _ in x.shape[1:]))
+
+        text = rows(self.text_stream(negative.text.to(img), img))
+        return replace(negative, text=text, real=None if negative.real is None else rows(negative.real))
 
     def weight_of(self, norm: Any, x: Tensor) -> Tensor:
         """A norm's weight, from where ComfyUI keeps it and patched if it is to be."""

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from ...lens_core.config import LATENT_CHANNELS, PIXELS_PER_TOKEN
+from ...lens_core.denoiser import NAG_OFF, NagOptions, warn_without_effect
 from ...lens_core.errors import SettingError
 from ...lens_core.interval import WHOLE, Interval
 from ...lens_core.sampling import BY_STEPS, check_size, partial_sigmas
 from .guider import IntervalGuider
-from .model import require_lens, require_text, with_guidance
+from .model import LensModel, require_lens, require_text, with_guidance
 from .noise import SeededNoise
 
 Latent = dict[str, Any]
@@ -58,20 +59,34 @@ def sigmas_for(latent: Latent, steps: int, denoise: float, denoise_by: str = BY_
 
 
 def make_guider(
-    model, positive, negative, cfg: float, guided: tuple[float, float] = (WHOLE.start, WHOLE.end)
+    model,
+    positive,
+    negative,
+    cfg: float,
+    guided: tuple[float, float] = (WHOLE.start, WHOLE.end),
+    nag: NagOptions = NAG_OFF,
 ) -> comfy.samplers.CFGGuider:
-    """A GUIDER with Lens' guidance in the ``guided`` part of the steps (shares: start, end), cfg 1 outside.
+    """A GUIDER with Lens' guidance in the ``guided`` part of the steps (shares: start, end), cfg 1 outside;
+    at cfg 1 the negative is avoided there by ``nag``.
 
-    Raises SettingError for another model or its conditioning.
+    Raises SettingError for another model or its conditioning, and for ``nag`` on another loader's.
     """
     interval = Interval(*guided)
     require_lens(model)
+    if nag.scale and not isinstance(model.model, LensModel):
+        raise SettingError(
+            f"nag_scale is {nag.scale:g}, and the model's network is ComfyUI's own, which cannot do that. "
+            "Load the file with LensModelLoader, or set nag_scale to 0."
+        )
     for which, conditioning in (("positive", positive), ("negative", negative)):
         for text, _ in conditioning:
             if text is not None:
                 require_text(model.model.model_config, text, which)
+    given = any(text is not None and text.shape[1] for text, _ in negative)
+    warn_without_effect(cfg, nag, given)
     model = with_guidance(model)
-    guider = comfy.samplers.CFGGuider(model) if interval.whole else IntervalGuider(model, interval)
+    usual = interval.whole and not nag.scale
+    guider = comfy.samplers.CFGGuider(model) if usual else IntervalGuider(model, interval, nag)
     guider.set_conds(positive, negative)
     guider.set_cfg(cfg)
     return guider
@@ -90,11 +105,12 @@ def sample(
     denoise: float,
     denoise_by: str = BY_STEPS,
     guided: tuple[float, float] = (WHOLE.start, WHOLE.end),
+    nag: NagOptions = NAG_OFF,
     custom_noise: Any = None,
 ) -> Latent:
     """Euler steps over Lens' schedule. ``noise`` is a kind of ``SeededNoise``; ``custom_noise``, a NOISE,
-    takes the place of it and of the seed. ``guided`` is as in make_guider."""
-    guider = make_guider(model, positive, negative, cfg, guided)
+    takes the place of it and of the seed. ``guided`` and ``nag`` are as in make_guider."""
+    guider = make_guider(model, positive, negative, cfg, guided, nag)
     sigmas = sigmas_for(latent, steps, denoise, denoise_by)
     samples = _samples_for(model, latent)
     out = {key: value for key, value in latent.items() if not key.startswith("downscale_ratio")}

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from lens_core import __version__, cli
-from lens_core.denoiser import LensDenoiser
+from lens_core.denoiser import LensDenoiser, nag
 from lens_core.images import read_settings
 from tests.core.cli_pictures import SETTINGS, SMALL, Generate, pixels
 
@@ -177,6 +177,7 @@ def test_steps_and_cfg_follow_the_folders_name(
         (("--seed", 10**30), ["--seed", str(10**30)]),
         (("--step_cache", "-0.1"), ["--step_cache", "0 (off)", "-0.1"]),
         (("--step_cache", "nan"), ["--step_cache", "nan"]),
+        (("--nag_scale", "-1"), ["--nag_scale", "0 (off)", "-1"]),
         (("--guidance_interval", 0.8, 0.2), ["--guidance_interval", "0 <= start <= end <= 1", "0.8", "0.2"]),
         (("--guidance_interval", 0, 2), ["--guidance_interval", "end 2"]),
         (("--encoder_placement", "ram"), ["--encoder_placement", "auto, gpu, stream, cpu", "ram"]),
@@ -249,7 +250,7 @@ def test_help_names_every_flag_in_a_process_of_its_own():
         *("--repo_id", "--prompt", "--negative_prompt", "--base_resolution", "--aspect_ratio", "--height"),
         *("--width", "--steps", "--cfg", "--n", "--seed", "--dtype", "--device", "--out", "--disable_mxfp4"),
         *("--encoder_placement", "--feature_cache", "--extended_prompt", "--template_date"),
-        *("--step_cache", "--guidance_interval"),
+        *("--step_cache", "--guidance_interval", "--nag_scale"),
     ):
         assert flag in done.stdout
 
@@ -305,9 +306,30 @@ def test_the_step_cache_skips_and_says_how_much(generate: Generate, caplog: pyte
     assert read_settings(skipping)["step_cache"] == 1e9
 
 
+def test_a_negative_at_cfg_1_needs_nag_scale(
+    generate: Generate, texts: list[int], caplog: pytest.LogCaptureFixture
+):
+    nag._say_once.cache_clear()
+    flags = (*EVALUATIONS, "--steps", 2, "--cfg", 1)
+    negative = ("--negative_prompt", "a photograph of two dogs")
+    (plain,) = generate(*flags, out="plain")
+    assert "no effect" not in caplog.text
+    (without,) = generate(*flags, *negative, out="without")
+    assert "The negative has no effect at cfg 1. Set nag_scale" in caplog.text
+    (avoided,) = generate(*flags, *negative, "--nag_scale", 8, out="avoided")
+    (empty,) = generate(*flags, "--nag_scale", 8, out="empty")
+    (outside,) = generate(*flags, *negative, "--nag_scale", 8, "--guidance_interval", 0, 0, out="outside")
+    assert len(texts) == 5 * 2, "one forward a step"
+    drawn = [pixels(path) for path in (plain, avoided, empty)]
+    assert len(set(drawn)) == 3
+    assert pixels(without) == pixels(outside) == drawn[0]
+    assert read_settings(avoided)["nag_scale"] == 8
+    assert "nag_scale" not in read_settings(without)
+
+
 def test_flags_at_their_defaults_change_no_byte(generate: Generate):
     flags = (*EVALUATIONS, "--steps", 3)
     (without,) = generate(*flags, out="without")
-    (given,) = generate(*flags, "--step_cache", 0, "--guidance_interval", 0, 1, out="given")
+    (given,) = generate(*flags, "--step_cache", 0, "--guidance_interval", 0, 1, "--nag_scale", 0, out="given")
     assert given.read_bytes() == without.read_bytes()
     assert read_settings(given).keys() == SETTINGS

@@ -6,7 +6,7 @@ import pytest
 
 from lens_core.errors import SettingError
 from lens_core.interval import WHOLE, Interval, step_at
-from lens_core.sampling import scale_at, sigmas
+from lens_core.sampling import is_guided, sigmas
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_rounding_does_not_move_a_level_to_the_step_before():
     assert [step_at(level * (1 + 1e-7), levels) for level in levels[:-1]] == list(range(20))
 
 
-def test_the_scale_is_one_outside_the_interval():
+def test_which_levels_are_guided():
     levels = sigmas(5, 4096).tolist()
-    scales = [scale_at(level, levels, 4.5, Interval(0.2, 0.6)) for level in levels[:-1]]
-    assert scales == [1.0, 4.5, 4.5, 1.0, 1.0]
+    guided = [is_guided(level, levels, Interval(0.2, 0.6)) for level in levels[:-1]]
+    assert guided == [False, True, True, False, False]

@@ -91,6 +91,15 @@ def test_quantised_weights_are_streamed_too(tiny_folder: Path, want: Tensor, mod
     assert torch.equal(draw(pipeline_on(tiny_folder, quantization=mode, offload="stream")), plain)
 
 
+def test_a_negative_by_attention_is_streamed_too(tiny_folder: Path):
+    from lens_core.denoiser import NagOptions
+
+    settings = {"cfg": 1.0, "nag": NagOptions(4.0)}
+    plain = draw(pipeline_on(tiny_folder, torch.device("cpu")), **settings)
+    assert torch.equal(draw(pipeline_on(tiny_folder, offload="stream"), **settings), plain)
+    assert not torch.equal(draw(pipeline_on(tiny_folder), cfg=1.0), plain)
+
+
 def test_another_batch_and_the_step_cache(tiny_folder: Path):
     from lens_core.denoiser import StepCacheOptions
 

@@ -153,7 +153,11 @@ def draw(host: Host, tiny: Tiny) -> Callable[..., dict[str, Any]]:
             "noise": "host",
             "denoise": 1.0,
         }
-        assert changes.keys() <= {*inputs, "guidance_start", "guidance_end", "denoise_by", "custom_noise"}
+        assert changes.keys() <= {
+            *inputs,
+            *("guidance_start", "guidance_end", "denoise_by", "custom_noise"),
+            *("nag_scale", "nag_tau", "nag_alpha"),
+        }
         (latent,) = host.run("LensSampler", **{**inputs, **changes})
         return latent
 

@@ -94,6 +94,7 @@ NODES = {
         [
             *("model", "positive", "negative", "latent", "seed", "steps", "cfg", "noise", "denoise"),
             *("guidance_start", "guidance_end", "denoise_by", "custom_noise"),
+            *("nag_scale", "nag_tau", "nag_alpha"),
         ],
         [("LATENT", "LATENT")],
     ),
@@ -104,7 +105,10 @@ NODES = {
     ),
     "LensGuider": (
         "Lens Guider",
-        ["model", "positive", "negative", "cfg", "guidance_start", "guidance_end"],
+        [
+            *("model", "positive", "negative", "cfg", "guidance_start", "guidance_end"),
+            *("nag_scale", "nag_tau", "nag_alpha"),
+        ],
         [("GUIDER", "GUIDER")],
     ),
     "LensNoise": (
@@ -265,6 +269,16 @@ def test_settings(host, node_id, name):
     assert entry[1]["default"] == default
 
 
+# What came after the first version, and its default.
+GUIDANCE_SETTINGS = {
+    "guidance_start": 0.0,
+    "guidance_end": 1.0,
+    "nag_scale": 0.0,
+    "nag_tau": 2.5,
+    "nag_alpha": 0.25,
+}
+
+
 def test_what_older_workflows_lack_is_optional(host):
     """A workflow of the first version names an encoder, a prompt and a negative; nothing else."""
     optional = {
@@ -281,15 +295,12 @@ def test_what_older_workflows_lack_is_optional(host):
         ("LensEncoderLoader", "placement"),
         ("LensEncoderLoader", "experts"),
         ("LensEncoderLoader", "feature_cache"),
-        ("LensSampler", "guidance_start"),
-        ("LensSampler", "guidance_end"),
+        *((node_id, name) for node_id in ("LensSampler", "LensGuider") for name in GUIDANCE_SETTINGS),
         ("LensSampler", "denoise_by"),
         ("LensSampler", "custom_noise"),
         ("LensScheduler", "denoise_by"),
         *(("LensNoise", name) for name in ("variation_seed", "variation_strength", "batch", "noise")),
         ("LensImageToLatent", "mask"),
-        ("LensGuider", "guidance_start"),
-        ("LensGuider", "guidance_end"),
         ("LensQuantizeModel", "file_name"),
         ("LensQuantizeModel", "overwrite"),
         ("LensLoraLoader", "block_strengths"),
@@ -308,10 +319,11 @@ def test_what_older_workflows_lack_is_optional(host):
             [42, "randomize", 20, 4.5, "reference", 0.5],
             {
                 **{"seed": 42, "steps": 20, "cfg": 4.5, "noise": "reference", "denoise": 0.5},
-                **{"guidance_start": 0.0, "guidance_end": 1.0, "denoise_by": "steps"},
+                **GUIDANCE_SETTINGS,
+                "denoise_by": "steps",
             },
         ),
-        ("LensGuider", [4.5], {"cfg": 4.5, "guidance_start": 0.0, "guidance_end": 1.0}),
+        ("LensGuider", [4.5], {"cfg": 4.5, **GUIDANCE_SETTINGS}),
         ("LensScheduler", [20, 0.5], {"steps": 20, "denoise": 0.5, "denoise_by": "steps"}),
         (
             "LensNoise",

@@ -83,6 +83,22 @@ def test_hook_on_prompt_and_negative_is_the_lora(both, draw, node, hook, host, t
     assert relative_l2(got, draw(model=patched, steps=STEPS)["samples"]) < SAME
 
 
+def test_hook_on_the_prompt_with_a_negative_by_attention(both, draw, node, hook, host, tiny):
+    """Both prompts' text goes through the weights of the prompt's hook, as through a LoRA's."""
+    props = {"strength": 1.0, "set_cond_area": "default", "hooks": hook(0.7)}
+    negative = [[random_context(1, 5), {}]]
+    pair = {"positive_NEW": tiny.positive, "negative_NEW": negative}
+    hooked = dict(
+        zip(("positive", "negative"), node("PairConditioningSetProperties", **pair, **props), strict=True)
+    )
+    lora = {"lora_name": "hook.safetensors", "strength_model": 0.7}
+    (patched,) = host.run("LoraLoaderModelOnly", model=both[0], **lora)
+    nag = {"cfg": 1.0, "nag_scale": 8.0}
+    got = draw(model=both[0], **hooked, **nag)["samples"]
+    assert relative_l2(got, draw(model=patched, negative=negative, **nag)["samples"]) < SAME
+    assert relative_l2(got, draw(model=both[0], **hooked, cfg=1.0)["samples"]) > 0.001
+
+
 def test_strength_that_changes_during_the_run(both, draw, node, hook, tiny):
     hooks = hook(1.0, [(0.0, 0.2), (0.4, 1.0), (0.8, 0.0)])
     props = {"strength": 1.0, "set_cond_area": "default", "hooks": hooks}

@@ -11,17 +11,23 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from lens_core.config import DenoiserConfig
+from lens_core.denoiser import NagOptions
+from lens_core.denoiser.block import JointAttention
+from lens_core.denoiser.nag import TwoPrompts
 from lens_core.denoiser.rope import joint_positions, rotary_table
+from lens_core.kernels import EAGER_BLOCK, block_registry
 from lens_core.kernels import block as definitions
-from lens_core.kernels import block_registry
 from lens_core.kernels.block import EXP2_HEADROOM, SCORE_LIMIT, HeadNorms, score_bound
+from lens_core.kernels.block_registry import triton_block_kernels
 from lens_core.kernels.triton import block_launch
 from lens_core.tiny.models import DENOISER as TINY
 from tests.compare import relative_l2
 from tests.core import block_cases as cases
 from tests.core import block_formulas as formulas
+from tests.core.nag_cases import joint_rotary, shared_by
 
 DTYPES = (torch.float16, torch.bfloat16)
 # Queries, keys, weights and the result are rounded, 2^-12 = 2e-4 each in fp16. The interpreter cuts fp32 to
@@ -231,3 +237,21 @@ def test_the_headroom_keeps_the_largest_sums_finite():
     limit = SCORE_LIMIT * LOG2E
     lowest = -limit - max(limit * 1.01 * (1 + 2**-8) - EXP2_HEADROOM, 0)
     assert 2.0**lowest > 2.0**20 * torch.finfo(torch.bfloat16).tiny
+
+
+@pytest.mark.parametrize(("wanted", "unwanted", "image_only"), [(5, 9, False), (9, 5, True), (5, 0, False)])
+def test_a_layer_of_two_prompts(wanted: int, unwanted: int, image_only: bool):
+    """The kernels overwrite what they read, and each prompt needs the image's projections."""
+    config = DenoiserConfig(num_attention_heads=2)
+    layer = JointAttention(config, nn).requires_grad_(False).half()
+    streams = [torch.randn(2, count, config.hidden_size).half() for count in (12, wanted + unwanted)]
+    rotary = joint_rotary(config, (4, 3), wanted, unwanted)
+    prompts = TwoPrompts(wanted, NagOptions(4.0, 2.5, 0.5))
+    got, want = (
+        layer(streams, shared_by(layer, kernels, rotary, prompts), image_only)
+        for kernels in (triton_block_kernels(), EAGER_BLOCK)
+    )
+    assert len(got) == len(want) == (1 if image_only else 2)
+    for x, y in zip(got, want, strict=True):
+        # The scale makes the difference of two answers, and their rounding, four times as large.
+        assert relative_l2(x, y) < 4 * FROM_DEFINITION[torch.float16]
