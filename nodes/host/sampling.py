@@ -16,7 +16,7 @@ from ...lens_core.config import LATENT_CHANNELS, PIXELS_PER_TOKEN
 from ...lens_core.errors import SettingError
 from ...lens_core.interval import WHOLE, Interval
 from ...lens_core.sampling import check_size, partial_sigmas, reference_noise, tokens_to_grid
-from .guider import IntervalGuider
+from .guider import IntervalGuider, PreviewGuider
 from .model import require_lens, require_text, with_guidance
 
 Latent = dict[str, Any]
@@ -85,7 +85,7 @@ def make_guider(
             if text is not None:
                 require_text(model.model.model_config, text, which)
     model = with_guidance(model)
-    guider = comfy.samplers.CFGGuider(model) if interval.whole else IntervalGuider(model, interval)
+    guider = PreviewGuider(model) if interval.whole else IntervalGuider(model, interval)
     guider.set_conds(positive, negative)
     guider.set_cfg(cfg)
     return guider
