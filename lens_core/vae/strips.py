@@ -42,9 +42,12 @@ OnStrip = Callable[[], None]
 Write = Callable[[Tensor, Tensor], object]
 
 
-def strip_rows(channels: int, height: int, width: int) -> int:
-    """Rows of a strip of a layer of [channels, height, width]; even, for pixels are doubled in pairs."""
-    count = math.ceil(channels * height * width / STRIP_ELEMENTS)
+def strip_rows(channels: int, height: int, width: int, parts: int = 1) -> int:
+    """Rows of a strip of a layer of [channels, height, width]; even, for pixels are doubled in pairs.
+
+    ``parts``: how many times smaller than usual.
+    """
+    count = math.ceil(channels * height * width * parts / STRIP_ELEMENTS)
     rows = math.ceil(height / count)
     return rows + rows % 2
 
@@ -277,22 +280,34 @@ def decode_bytes(
     Beside them a convolution's input exists and, for the statistics of 16-bit floats unless kernels are
     ``fused``, a strip of its output in fp32. Moments, 1 % of the whole, are left out.
     """
-    copy = 0 if fused or element_size >= 4 else 4
     height, width = 2 * height_tokens, 2 * width_tokens
     worst, before = 0, channels[-1]
     for level, after in enumerate(reversed(channels)):
-        first = copy if before == after else max(copy, 2 * element_size)
-        moments = [
-            (max(before, 2 * after), before, first * after),
-            (2 * after, after, (element_size + copy) * after),
-        ]
         if level:
             height, width = 2 * height, 2 * width
-            moments.append((before, before, copy * before))
-        for kept, into, extra in moments:
-            rows = min(height, strip_rows(max(into, after), height, width))
-            strip = width * (into * (rows + 2) * element_size + extra * rows)
-            worst = max(worst, kept * height * width * element_size + strip)
+        worst = max(worst, level_bytes(before, after, height, width, element_size, fused, enlarged=level > 0))
         before = after
     libraries = CONV_WORKSPACE + (0 if fused else MOMENTS_SCRATCH)
     return worst + 3 * height * width * element_size + libraries
+
+
+def level_bytes(
+    before: int, after: int, height: int, width: int, element_size: int, fused: bool, enlarged: bool = False
+) -> int:
+    """Peak memory within a level's resnets, of which the first has ``before`` channels, and where its input
+    is enlarged."""
+    copy = 0 if fused or element_size >= 4 else 4
+    first = copy if before == after else max(copy, 2 * element_size)
+    # Channels of what is complete, of a convolution's input, and bytes beside them of a strip's pixel.
+    moments = [
+        (max(before, 2 * after), before, first * after),
+        (2 * after, after, (element_size + copy) * after),
+    ]
+    if enlarged:
+        moments.append((before, before, copy * before))
+    worst = 0
+    for kept, into, extra in moments:
+        rows = min(height, strip_rows(max(into, after), height, width))
+        strip = width * (into * (rows + 2) * element_size + extra * rows)
+        worst = max(worst, kept * height * width * element_size + strip)
+    return worst

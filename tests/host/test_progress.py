@@ -158,9 +158,12 @@ def test_cancel_within_the_vae(host, tiny, cancel, interrupted, part, node):
         reached.append(layer)
         cancel()
 
-    layers = [
-        getattr(tiny.vae.first_stage_model.model, part).get_submodule(n) for n in ("conv_in", "conv_out")
-    ]
+    model = tiny.vae.first_stage_model.model
+    # Those that are called as modules; of a decode's last layers none is.
+    layers = {
+        "decoder": [model.decoder.conv_in, model.decoder.mid_block.attentions[0].to_q],
+        "encoder": [model.encoder.mid_block.attentions[0].to_q, model.quant_conv],
+    }[part]
     handles = [layer.register_forward_hook(press) for layer in layers]
     try:
         with pytest.raises(interrupted):
