@@ -45,7 +45,8 @@ def encode(model: Any, images: Tensor, on_strip: OnStrip) -> Tensor:
 
 def _encode_one(model: Any, image: Tensor, kernels: StripKernels, on_strip: OnStrip) -> Tensor:
     encoder = model.encoder
-    picture = Strips(image.shape[2], *image.shape[2:], kernels)
+    height, width = image.shape[2:]
+    picture = Strips(height, height, width, kernels)
     picture.parts.append(image)
     x = _first(encoder.conv_in, picture, on_strip)
     for block in encoder.down_blocks:
@@ -78,7 +79,7 @@ def _copy(window: Tensor, piece: Tensor) -> None:
 
 
 def _downsample(conv: nn.Conv2d, x: Strips, on_strip: OnStrip) -> Strips:
-    """``Downsample2D``: a 3x3 convolution of every other pixel, zeros below and on the right; uses ``x`` up."""
+    """``Downsample2D``: a 3x3 convolution of every other pixel, zeros below and right; uses ``x`` up."""
     rows, height = strip_rows(conv.in_channels, x.height, x.width) // 2, x.height // 2
     result = Strips(rows, height, x.width // 2, x.kernels)
     inside, after = _bias(conv, x)

@@ -62,8 +62,7 @@ class LensHostVAE(comfy.sd.VAE):
         )
         self.model_size()
         self._may_tile = True
-        # Cancel between strips of layers, as ComfyUI's own do between layers: a large picture takes a while on a
-        # CPU.
+        # Cancel between strips of layers, as ComfyUI's own between layers: a large picture takes a CPU a while.
         module.on_strip = _stop_if_cancelled
 
     def decode(self, samples_in: Tensor, vae_options: dict[str, Any] | None = None) -> Tensor:

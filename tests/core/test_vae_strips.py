@@ -1,4 +1,4 @@
-"""Decoding and encoding in strips against diffusers' whole layers: equal, in the memory that was predicted."""
+"""Decoding and encoding in strips against diffusers' whole layers: equal, in the memory predicted."""
 
 from __future__ import annotations
 
