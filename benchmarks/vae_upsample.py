@@ -1,8 +1,8 @@
 """Doubling pixels before a 3x3 convolution, three ways: to choose from, none is used elsewhere.
 
-A doubled picture has only four kinds of 3x3 windows, each over 2x2 different pixels. So the convolution is four
-2x2 convolutions of the small picture, one for each position within a pixel's double, with weights summed where
-two of them meet the same pixel: 16 products for 36.
+A doubled picture has only four kinds of 3x3 windows, each over 2x2 different pixels. So the convolution is
+four 2x2 convolutions of the small picture, one for each position within a pixel's double, with weights summed
+where two of them meet the same pixel: 16 products for 36.
 """
 
 from __future__ import annotations

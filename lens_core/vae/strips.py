@@ -61,6 +61,8 @@ class Strips:
     def __init__(self, rows: int, height: int, width: int, kernels: StripKernels = EAGER_STRIPS) -> None:
         self.rows, self.height, self.width = rows, height, width
         self.kernels = kernels
+        # How many times smaller than usual the strips are that are made of these.
+        self.fineness = 1
         self.parts: list[Tensor | None] = []
         self.taken = 0
         self.moments: list[Tensor] = []
@@ -106,11 +108,15 @@ class Strips:
         return self.kernels.affine(moments, norm.weight, norm.bias, norm.num_groups, norm.eps)
 
 
-def decode(model: Any, latents: Tensor, on_strip: OnStrip) -> Tensor:
+# As ``_finest``.
+Finest = Callable[[nn.Conv2d, Sequence[Any], Strips, OnStrip], Strips]
+
+
+def decode(model: Any, latents: Tensor, on_strip: OnStrip, finest: Finest | None = None) -> Tensor:
     """Pictures [B, 3, 8h, 8w] of latents [B, 32, h, w], as ``model.decode`` of diffusers' AutoencoderKLFlux2.
 
     Runs that model's own layers, one picture at a time. ``on_strip`` is called before every strip of a
-    convolution, and may raise.
+    convolution, and may raise. ``finest`` is another way through the last enlarging and the layers after it.
     """
     kernels = choose_strips(latents.device, latents.dtype)
     batch, _, height, width = latents.shape
@@ -119,11 +125,13 @@ def decode(model: Any, latents: Tensor, on_strip: OnStrip) -> Tensor:
     with torch.no_grad():
         images = latents.new_empty(batch, decoder.conv_out.out_channels, scale * height, scale * width)
         for image, picture in zip(images.split(1), latents.split(1), strict=True):
-            _decode_one(model, picture, image, kernels, on_strip)
+            _decode_one(model, picture, image, kernels, on_strip, finest or _finest)
     return images
 
 
-def _decode_one(model: Any, latents: Tensor, image: Tensor, kernels: StripKernels, on_strip: OnStrip) -> None:
+def _decode_one(
+    model: Any, latents: Tensor, image: Tensor, kernels: StripKernels, on_strip: OnStrip, finest: Finest
+) -> None:
     decoder = model.decoder
     if model.post_quant_conv is not None:
         latents = model.post_quant_conv(latents)
@@ -137,16 +145,26 @@ def _decode_one(model: Any, latents: Tensor, image: Tensor, kernels: StripKernel
         if attention is not None:
             x = _attention(attention, x)
         x = _resnet(resnet, x, on_strip)
-    for block in decoder.up_blocks:
+    *blocks, last = decoder.up_blocks
+    for block in blocks:
         for resnet in block.resnets:
             x = _resnet(resnet, x, on_strip)
-        for upsampler in block.upsamplers or ():
-            x = _upsample(upsampler.conv, x, on_strip)
+        if block is not blocks[-1]:
+            x = _upsample(block.upsamplers[0].conv, x, on_strip)
+    x = finest(blocks[-1].upsamplers[0].conv, last.resnets, x, on_strip)
     conv, start = decoder.conv_out, 0
     for stop, strip in _convolve(conv, conv.bias, x, _normalised(decoder.conv_norm_out, x), on_strip):
         x.free(stop)
         image[:, :, start:stop] = strip
         start = stop
+
+
+def _finest(conv: nn.Conv2d, resnets: Sequence[Any], x: Strips, on_strip: OnStrip) -> Strips:
+    """Enlarge, then the finest level's resnets; uses ``x`` up."""
+    x = _upsample(conv, x, on_strip)
+    for resnet in resnets:
+        x = _resnet(resnet, x, on_strip)
+    return x
 
 
 def _layout(like: Tensor) -> torch.memory_format:
@@ -211,14 +229,17 @@ def _attention(block: Any, x: Strips) -> Strips:
     return result
 
 
-def _rows(conv: nn.Conv2d, height: int, width: int) -> int:
-    return strip_rows(max(conv.in_channels, conv.out_channels), height, width)
+def _rows(conv: nn.Conv2d, source: Strips, scale: int) -> int:
+    channels = max(conv.in_channels, conv.out_channels)
+    return strip_rows(channels, scale * source.height, scale * source.width, source.fineness)
 
 
 def _output(conv: nn.Conv2d, source: Strips, scale: int = 1) -> Strips:
     """Room for what ``_convolve`` yields."""
     height, width = scale * source.height, scale * source.width
-    return Strips(_rows(conv, height, width), height, width, source.kernels)
+    result = Strips(_rows(conv, source, scale), height, width, source.kernels)
+    result.fineness = source.fineness
+    return result
 
 
 def _bias(conv: nn.Conv2d, source: Strips) -> tuple[Tensor | None, Tensor | None]:
@@ -235,7 +256,7 @@ def _convolve(
     from the strip before: the caller may free the source's rows above where that strip ended.
     """
     height, width = scale * source.height, scale * source.width
-    rows = _rows(conv, height, width)
+    rows = _rows(conv, source, scale)
     layout = _layout(conv.weight)
     weight = conv.weight.contiguous(memory_format=layout)
     size = (1, conv.in_channels, min(rows, height) + 2, width)

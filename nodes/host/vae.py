@@ -6,6 +6,7 @@ attributes around lens_core's module instead, so every VAE node, tiled or not, w
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,8 @@ class LensHostVAE(comfy.sd.VAE):
         self.latent_dim, self.output_channels = 2, 3
         self.downscale_ratio = self.upscale_ratio = PIXELS_PER_TOKEN
         self.downscale_index_formula = self.upscale_index_formula = None
-        self.memory_used_decode = functools.partial(_decode_bytes, module, device)
+        self._way = {"frugal_memory": False}
+        self.memory_used_decode = functools.partial(_decode_bytes, module, device, self._way)
         self.memory_used_encode = functools.partial(_encode_bytes, module, device)
         self.process_input, self.process_output = _to_signed, _to_unsigned
         self.extra_1d_channel = self.pad_channel_value = self.format_encoded = self.size = None
@@ -62,24 +64,22 @@ class LensHostVAE(comfy.sd.VAE):
         )
         self.model_size()
         self._may_tile = True
-        # Cancel between strips of layers, as ComfyUI's own between layers: a large picture takes a CPU a while.
+        # Cancel between strips of layers, as ComfyUI's own between layers: a CPU takes a while.
         module.on_strip = _stop_if_cancelled
 
     def decode(self, samples_in: Tensor, vae_options: dict[str, Any] | None = None) -> Tensor:
         """As VAE's, but before a picture is decoded in tiles, whose colours differ from a whole one's, all
-        other models leave the GPU and it is tried again."""
-        decode = super().decode
+        other models leave the GPU and it is tried again, in half of the memory if need be."""
 
-        def whole() -> Tensor:
-            self._may_tile = False
-            try:
-                return decode(samples_in, vae_options or {})
-            finally:
-                self._may_tile = True
+        def again() -> Tensor:
+            for attempt in (self._whole, self._whole_frugally):
+                with contextlib.suppress(torch.OutOfMemoryError):
+                    return attempt(samples_in, vae_options)
+            return comfy.sd.VAE.decode_tiled(self, samples_in, _TILE, _TILE, _OVERLAP)
 
         return with_recovery(
-            whole,
-            lambda: decode(samples_in, vae_options or {}),
+            lambda: self._whole(samples_in, vae_options),
+            again,
             what="while decoding",
             device=self.device,
             advice=lambda: [
@@ -90,6 +90,28 @@ class LensHostVAE(comfy.sd.VAE):
             ],
             needed=lambda: self.patcher.model_size() + self._tile_bytes(samples_in, _TILE, _TILE),
         )
+
+    def decode_tiled(self, samples: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """In ComfyUI's nodes for tiles: the whole picture in half of the memory; in tiles only where there is
+        less than that."""
+        with contextlib.suppress(torch.OutOfMemoryError):
+            return self._whole_frugally(samples)
+        return super().decode_tiled(samples, *args, **kwargs)
+
+    def _whole(self, samples: Tensor, options: dict[str, Any] | None = None) -> Tensor:
+        """Pictures [B, H, W, 3]; raises OutOfMemoryError where VAE's would begin anew in tiles."""
+        self._may_tile = False
+        try:
+            return super().decode(samples, options or {})
+        finally:
+            self._may_tile = True
+
+    def _whole_frugally(self, samples: Tensor, options: dict[str, Any] | None = None) -> Tensor:
+        self._way["frugal_memory"] = True
+        try:
+            return self._whole(samples, {**(options or {}), **self._way})
+        finally:
+            self._way["frugal_memory"] = False
 
     def decode_tiled_(
         self, samples: Tensor, tile_x: int = _TILE, tile_y: int = _TILE, overlap: int = _OVERLAP
@@ -118,10 +140,12 @@ def _stop_if_cancelled() -> None:
     comfy.model_management.throw_exception_if_processing_interrupted()
 
 
-def _decode_bytes(module: Any, device: torch.device, shape: tuple[int, ...], dtype: torch.dtype) -> int:
+def _decode_bytes(
+    module: Any, device: torch.device, way: dict[str, bool], shape: tuple[int, ...], dtype: torch.dtype
+) -> int:
     """Of one picture: the others of a batch wait for their turn."""
     size = comfy.model_management.dtype_size(dtype)
-    return int(_RESERVE * module.decode_bytes(shape[-2], shape[-1], size, device))
+    return int(_RESERVE * module.decode_bytes(*shape[-2:], size, device, **way))
 
 
 def _encode_bytes(module: Any, device: torch.device, shape: tuple[int, ...], dtype: torch.dtype) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lens_core.kernels import EAGER_STRIPS
 from lens_core.tiny.models import VAE, random_weights
-from lens_core.vae import LensVAE, autoencoder, encode_strips, strips
+from lens_core.vae import LensVAE, autoencoder, encode_strips, frugal, strips
 from lens_core.vae.strips import Strips, decode_bytes, strip_rows
 from tests.compare import relative_l2
 from tests.live_bytes import LiveBytes
@@ -54,9 +54,10 @@ def test_decode_is_diffusers(exact: LensVAE, size, elements, monkeypatch: pytest
     monkeypatch.setattr(strips, "STRIP_ELEMENTS", elements)
     latents = torch.randn(1, 128, *size, dtype=torch.float64)
     want = exact.decode_whole(latents)
-    got = exact.decode(latents)
-    assert got.shape == want.shape and got.is_contiguous()
-    assert relative_l2(got, want) < EXACT
+    for frugally in (False, True):
+        got = exact.decode(latents, frugally)
+        assert got.shape == want.shape and got.is_contiguous()
+        assert relative_l2(got, want) < EXACT
 
 
 @pytest.mark.parametrize("rows", [2, 6, 10, 48, 1000])
@@ -254,6 +255,29 @@ def test_the_peak_is_the_predicted_one(config, size, elements, dtype, monkeypatc
     with LiveBytes() as memory:
         vae.encode(images)
     assert memory.peak == pytest.approx(vae.encode_bytes(*size, dtype.itemsize) - libraries, rel=0.01)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("config, elements", [(VAE, 2**14), (VAE, 2**16), (WIDTHS, 2**15)])
+def test_the_frugal_way_takes_half_and_no_more_than_predicted(config, elements, dtype, monkeypatch):
+    """In small strips, as those of a large picture are beside it."""
+    monkeypatch.setattr(strips, "STRIP_ELEMENTS", elements)
+    vae = LensVAE(config).eval().to(dtype)
+    latents, peaks = torch.randn(1, 128, 16, 10, dtype=dtype), []
+    for frugally in (False, True):
+        with LiveBytes() as memory:
+            vae.decode(latents, frugally)
+        peaks.append(memory.peak)
+    assert peaks[1] < 0.6 * peaks[0]
+    libraries = strips.CONV_WORKSPACE + strips.MOMENTS_SCRATCH
+    predicted = vae.decode_bytes(16, 10, dtype.itemsize, frugal_memory=True) - libraries
+    assert 0.9 * predicted < peaks[1] <= predicted
+
+
+def test_the_frugal_way_has_room_in_a_gigabyte():
+    """At 1440 x 1440, where the usual one has not."""
+    usual, least = (way.decode_bytes((128, 256, 512, 512), 90, 90, 2, True) for way in (strips, frugal))
+    assert least < 0.8e9 and usual > 1e9
 
 
 @pytest.mark.parametrize("config", [VAE, WIDTHS], ids=["tiny", "widths"])

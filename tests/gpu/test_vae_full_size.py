@@ -1,5 +1,5 @@
-"""Decoding and encoding in strips at the published sizes, against diffusers' whole layers; random weights. Its
-kernels at the shapes that they meet there, against their definitions."""
+"""Decoding and encoding in strips at the published sizes, against diffusers' whole layers; random weights;
+the kernels at the shapes that they meet there, against their definitions."""
 
 from __future__ import annotations
 
@@ -74,6 +74,13 @@ def test_the_peak_is_the_predicted_one(vae: LensVAE, latents: Tensor):
     peak = peak_gb(lambda: vae.decode(latents))
     assert peak == pytest.approx(predicted, rel=0.05)
     assert peak < 0.3 * peak_gb(lambda: vae.decode_whole(latents))
+
+
+def test_the_frugal_way(vae: LensVAE, latents: Tensor):
+    assert psnr(vae.decode(latents, frugal_memory=True), vae.decode(latents)) > 50
+    predicted = vae.decode_bytes(*latents.shape[2:], 2, frugal_memory=True) / 1e9
+    peak = peak_gb(lambda: vae.decode(latents, frugal_memory=True))
+    assert 0.8 * predicted < peak < predicted < 1.0
 
 
 def test_encoding_is_as_close_to_fp32_and_takes_what_was_predicted(
