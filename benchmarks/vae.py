@@ -33,6 +33,7 @@ import comfy.latent_formats
 import comfy.sd
 import latent_preview
 
+from benchmarks import vae_attention as attention
 from benchmarks import vae_upsample as upsample
 from benchmarks.common import RESULTS, median_ms, peak_gb, write
 from benchmarks.picture import pack
@@ -239,6 +240,20 @@ def upsamples(models: Contenders, grid: tuple[int, int]) -> dict[str, Any]:
     return results
 
 
+def attentions(grid: tuple[int, int]) -> dict[str, Any]:
+    """The middle's attention, each way; errors are those against fp32."""
+    shape = (3, 1, 1, 4 * grid[0] * grid[1], 512)
+    query, key, value = torch.randn(shape, device=DEVICE).mul(2).bfloat16()
+    want, results = attention.exact(query, key, value), {}
+    for name, run in attention.WAYS.items():
+        results[name] = result = measured(lambda run=run: run(query, key, value))
+        if "ms" in result:
+            error = run(query, key, value).float() - want
+            result["relative error"] = (error.norm() / want.norm()).item()
+        print(f"attention, {name}: {json.dumps(result)}", flush=True)
+    return results
+
+
 def preview(grid: tuple[int, int]) -> dict[str, Any]:
     """ComfyUI's linear preview, which ends with the picture in RAM."""
     latents = comfy.latent_formats.Flux2()
@@ -298,6 +313,7 @@ def of_size(models: Contenders, grid: tuple[int, int]) -> dict[str, Any]:
     results["frugal"] = {"PSNR to whole, dB": psnr(frugal, whole), "seam": seam(frugal, borders)}
     results["tiles"] = tiles(models, latents, whole)
     results["upsample"] = upsamples(models, grid)
+    results["attention"] = attentions(grid)
     results["preview"] = preview(grid)
     return results
 
