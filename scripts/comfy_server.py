@@ -46,7 +46,7 @@ class ComfyServer:
                 (self.base / link).symlink_to(target, target_is_directory=True)
         command = [sys.executable, "main.py", "--port", str(self.port), "--listen", "127.0.0.1"]
         command += ["--disable-auto-launch", "--base-directory", str(self.base)]
-        command += ["--database-url", "sqlite:///:memory:", "--preview-method", "latent2rgb", *self.arguments]
+        command += ["--database-url", "sqlite:///:memory:", *self.arguments]
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 command, cwd=self.comfyui, stdout=log, stderr=subprocess.STDOUT, start_new_session=True

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import MissingPackage
 from ..kernels import EAGER_STRIPS, choose_strips
-from . import strips
+from . import encode_strips, frugal, strips
 
 
 def pack(latents: Tensor) -> Tensor:
@@ -58,10 +58,14 @@ class LensVAE(nn.Module):
             value.view(1, -1, 1, 1).to(like) for value in (bn.running_mean, deviation)
         )
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """Pictures of packed latents, not clamped; calls ``on_strip`` often, which may raise."""
+    def decode(self, latents: Tensor, frugal_memory: bool = False) -> Tensor:
+        """Pictures of packed latents, not clamped; calls ``on_strip`` often, which may raise.
+
+        ``frugal_memory``: in half of the memory, for two fifths more work.
+        """
         mean, deviation = self._statistics(latents)
-        return strips.decode(self.model, unpack(latents * deviation + mean), self.on_strip)
+        finest = frugal.finest if frugal_memory else None
+        return strips.decode(self.model, unpack(latents * deviation + mean), self.on_strip, finest)
 
     def decode_whole(self, latents: Tensor) -> Tensor:
         """``decode`` by diffusers' own, whole tensors at a time: the definition that strips are held to."""
@@ -69,7 +73,12 @@ class LensVAE(nn.Module):
         return self.model.decode(unpack(latents * deviation + mean), return_dict=False)[0]
 
     def decode_bytes(
-        self, height: int, width: int, element_size: int, device: torch.device | None = None
+        self,
+        height: int,
+        width: int,
+        element_size: int,
+        device: torch.device | None = None,
+        frugal_memory: bool = False,
     ) -> int:
         """Peak memory of decoding one picture of height x width tokens, weights left out.
 
@@ -77,14 +86,31 @@ class LensVAE(nn.Module):
         """
         config = self.model.config
         channels = config.decoder_block_out_channels or config.block_out_channels
+        way = frugal if frugal_memory else strips
+        return way.decode_bytes(channels, height, width, element_size, self._fused(device))
+
+    def encode_bytes(
+        self, height: int, width: int, element_size: int, device: torch.device | None = None
+    ) -> int:
+        """Peak memory of encoding one picture of height x width tokens; see ``decode_bytes``."""
+        channels = self.model.config.block_out_channels
+        return encode_strips.encode_bytes(channels, height, width, element_size, self._fused(device))
+
+    def _fused(self, device: torch.device | None) -> bool:
         weight = next(self.parameters())
-        fused = choose_strips(device or weight.device, weight.dtype) is not EAGER_STRIPS
-        return strips.decode_bytes(channels, height, width, element_size, fused)
+        return choose_strips(device or weight.device, weight.dtype) is not EAGER_STRIPS
 
     def encode(self, images: Tensor) -> Tensor:
-        """Packed latents of pictures: the posterior's mean, normalised."""
-        posterior = self.model.encode(images, return_dict=False)[0]
-        packed = pack(posterior.mode())
+        """Packed latents of pictures: the posterior's mean, normalised; calls ``on_strip`` often, which may
+        raise."""
+        return self._normalised(encode_strips.encode(self.model, images, self.on_strip))
+
+    def encode_whole(self, images: Tensor) -> Tensor:
+        """``encode`` by diffusers' own, whole tensors at a time: the definition that strips are held to."""
+        return self._normalised(self.model.encode(images, return_dict=False)[0].mode())
+
+    def _normalised(self, means: Tensor) -> Tensor:
+        packed = pack(means)
         mean, deviation = self._statistics(packed)
         return (packed - mean) / deviation
 

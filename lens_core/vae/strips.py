@@ -42,9 +42,12 @@ OnStrip = Callable[[], None]
 Write = Callable[[Tensor, Tensor], object]
 
 
-def strip_rows(channels: int, height: int, width: int) -> int:
-    """Rows of a strip of a layer of [channels, height, width]; even, for pixels are doubled in pairs."""
-    count = math.ceil(channels * height * width / STRIP_ELEMENTS)
+def strip_rows(channels: int, height: int, width: int, parts: int = 1) -> int:
+    """Rows of a strip of a layer of [channels, height, width]; even, for pixels are doubled in pairs.
+
+    ``parts``: how many times smaller than usual.
+    """
+    count = math.ceil(channels * height * width * parts / STRIP_ELEMENTS)
     rows = math.ceil(height / count)
     return rows + rows % 2
 
@@ -58,6 +61,8 @@ class Strips:
     def __init__(self, rows: int, height: int, width: int, kernels: StripKernels = EAGER_STRIPS) -> None:
         self.rows, self.height, self.width = rows, height, width
         self.kernels = kernels
+        # How many times smaller than usual the strips are that are made of these.
+        self.fineness = 1
         self.parts: list[Tensor | None] = []
         self.taken = 0
         self.moments: list[Tensor] = []
@@ -103,11 +108,15 @@ class Strips:
         return self.kernels.affine(moments, norm.weight, norm.bias, norm.num_groups, norm.eps)
 
 
-def decode(model: Any, latents: Tensor, on_strip: OnStrip) -> Tensor:
+# As ``_finest``.
+Finest = Callable[[nn.Conv2d, Sequence[Any], Strips, OnStrip], Strips]
+
+
+def decode(model: Any, latents: Tensor, on_strip: OnStrip, finest: Finest | None = None) -> Tensor:
     """Pictures [B, 3, 8h, 8w] of latents [B, 32, h, w], as ``model.decode`` of diffusers' AutoencoderKLFlux2.
 
     Runs that model's own layers, one picture at a time. ``on_strip`` is called before every strip of a
-    convolution, and may raise.
+    convolution, and may raise. ``finest`` is another way through the last enlarging and the layers after it.
     """
     kernels = choose_strips(latents.device, latents.dtype)
     batch, _, height, width = latents.shape
@@ -116,11 +125,13 @@ def decode(model: Any, latents: Tensor, on_strip: OnStrip) -> Tensor:
     with torch.no_grad():
         images = latents.new_empty(batch, decoder.conv_out.out_channels, scale * height, scale * width)
         for image, picture in zip(images.split(1), latents.split(1), strict=True):
-            _decode_one(model, picture, image, kernels, on_strip)
+            _decode_one(model, picture, image, kernels, on_strip, finest or _finest)
     return images
 
 
-def _decode_one(model: Any, latents: Tensor, image: Tensor, kernels: StripKernels, on_strip: OnStrip) -> None:
+def _decode_one(
+    model: Any, latents: Tensor, image: Tensor, kernels: StripKernels, on_strip: OnStrip, finest: Finest
+) -> None:
     decoder = model.decoder
     if model.post_quant_conv is not None:
         latents = model.post_quant_conv(latents)
@@ -134,16 +145,26 @@ def _decode_one(model: Any, latents: Tensor, image: Tensor, kernels: StripKernel
         if attention is not None:
             x = _attention(attention, x)
         x = _resnet(resnet, x, on_strip)
-    for block in decoder.up_blocks:
+    *blocks, last = decoder.up_blocks
+    for block in blocks:
         for resnet in block.resnets:
             x = _resnet(resnet, x, on_strip)
-        for upsampler in block.upsamplers or ():
-            x = _upsample(upsampler.conv, x, on_strip)
+        if block is not blocks[-1]:
+            x = _upsample(block.upsamplers[0].conv, x, on_strip)
+    x = finest(blocks[-1].upsamplers[0].conv, last.resnets, x, on_strip)
     conv, start = decoder.conv_out, 0
     for stop, strip in _convolve(conv, conv.bias, x, _normalised(decoder.conv_norm_out, x), on_strip):
         x.free(stop)
         image[:, :, start:stop] = strip
         start = stop
+
+
+def _finest(conv: nn.Conv2d, resnets: Sequence[Any], x: Strips, on_strip: OnStrip) -> Strips:
+    """Enlarge, then the finest level's resnets; uses ``x`` up."""
+    x = _upsample(conv, x, on_strip)
+    for resnet in resnets:
+        x = _resnet(resnet, x, on_strip)
+    return x
 
 
 def _layout(like: Tensor) -> torch.memory_format:
@@ -208,14 +229,17 @@ def _attention(block: Any, x: Strips) -> Strips:
     return result
 
 
-def _rows(conv: nn.Conv2d, height: int, width: int) -> int:
-    return strip_rows(max(conv.in_channels, conv.out_channels), height, width)
+def _rows(conv: nn.Conv2d, source: Strips, scale: int) -> int:
+    channels = max(conv.in_channels, conv.out_channels)
+    return strip_rows(channels, scale * source.height, scale * source.width, source.fineness)
 
 
 def _output(conv: nn.Conv2d, source: Strips, scale: int = 1) -> Strips:
     """Room for what ``_convolve`` yields."""
     height, width = scale * source.height, scale * source.width
-    return Strips(_rows(conv, height, width), height, width, source.kernels)
+    result = Strips(_rows(conv, source, scale), height, width, source.kernels)
+    result.fineness = source.fineness
+    return result
 
 
 def _bias(conv: nn.Conv2d, source: Strips) -> tuple[Tensor | None, Tensor | None]:
@@ -232,7 +256,7 @@ def _convolve(
     from the strip before: the caller may free the source's rows above where that strip ended.
     """
     height, width = scale * source.height, scale * source.width
-    rows = _rows(conv, height, width)
+    rows = _rows(conv, source, scale)
     layout = _layout(conv.weight)
     weight = conv.weight.contiguous(memory_format=layout)
     size = (1, conv.in_channels, min(rows, height) + 2, width)
@@ -277,22 +301,34 @@ def decode_bytes(
     Beside them a convolution's input exists and, for the statistics of 16-bit floats unless kernels are
     ``fused``, a strip of its output in fp32. Moments, 1 % of the whole, are left out.
     """
-    copy = 0 if fused or element_size >= 4 else 4
     height, width = 2 * height_tokens, 2 * width_tokens
     worst, before = 0, channels[-1]
     for level, after in enumerate(reversed(channels)):
-        first = copy if before == after else max(copy, 2 * element_size)
-        moments = [
-            (max(before, 2 * after), before, first * after),
-            (2 * after, after, (element_size + copy) * after),
-        ]
         if level:
             height, width = 2 * height, 2 * width
-            moments.append((before, before, copy * before))
-        for kept, into, extra in moments:
-            rows = min(height, strip_rows(max(into, after), height, width))
-            strip = width * (into * (rows + 2) * element_size + extra * rows)
-            worst = max(worst, kept * height * width * element_size + strip)
+        worst = max(worst, level_bytes(before, after, height, width, element_size, fused, enlarged=level > 0))
         before = after
     libraries = CONV_WORKSPACE + (0 if fused else MOMENTS_SCRATCH)
     return worst + 3 * height * width * element_size + libraries
+
+
+def level_bytes(
+    before: int, after: int, height: int, width: int, element_size: int, fused: bool, enlarged: bool = False
+) -> int:
+    """Peak memory within a level's resnets, of which the first has ``before`` channels, and where its input
+    is enlarged."""
+    copy = 0 if fused or element_size >= 4 else 4
+    first = copy if before == after else max(copy, 2 * element_size)
+    # Channels of what is complete, of a convolution's input, and bytes beside them of a strip's pixel.
+    moments = [
+        (max(before, 2 * after), before, first * after),
+        (2 * after, after, (element_size + copy) * after),
+    ]
+    if enlarged:
+        moments.append((before, before, copy * before))
+    worst = 0
+    for kept, into, extra in moments:
+        rows = min(height, strip_rows(max(into, after), height, width))
+        strip = width * (into * (rows + 2) * element_size + extra * rows)
+        worst = max(worst, kept * height * width * element_size + strip)
+    return worst

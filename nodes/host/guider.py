@@ -1,5 +1,5 @@
-"""A GUIDER that guides in a part of the steps and leaves the negative out of the others; at cfg 1 it has the
-negative avoided by attention."""
+"""GUIDERs: one that shows the picture while it samples, and one that also guides in a part of the steps and
+leaves the negative out of the others; at cfg 1 it has the negative avoided by attention."""
 
 from __future__ import annotations
 
@@ -15,12 +15,34 @@ from ...lens_core.denoiser import NAG_OFF, NagOptions, Negative
 from ...lens_core.interval import Interval
 from ...lens_core.sampling import is_guided
 from .denoiser import NAG
+from .preview import with_previews
 
 log = logging.getLogger(__name__)
 
 
-class IntervalGuider(comfy.samplers.CFGGuider):
-    """ComfyUI's own, at cfg 1 outside its steps; inside, where cfg is 1, with ``nag``.
+class PreviewGuider(comfy.samplers.CFGGuider):
+    """ComfyUI's own, with live previews by default."""
+
+    def sample(
+        self,
+        noise: Tensor,
+        latent_image: Tensor,
+        sampler: Any,
+        sigmas: Tensor,
+        denoise_mask: Tensor | None = None,
+        callback: Any = None,
+        disable_pbar: bool = False,
+        seed: int | None = None,
+    ) -> Tensor:
+        """Latents [B, C, h, w] of noise and a picture's latents of the same shape."""
+        callback = with_previews(callback, self.model_patcher, len(sigmas) - 1)
+        return super().sample(
+            noise, latent_image, sampler, sigmas, denoise_mask, callback, disable_pbar, seed
+        )
+
+
+class IntervalGuider(PreviewGuider):
+    """At cfg 1 outside its steps; inside, where cfg is 1, with ``nag``.
 
     At cfg 1 ComfyUI itself leaves the negative out, unless a node on the MODEL asked for it at any cfg, and
     calls what nodes put around the guidance as ever; so nothing else is needed here.

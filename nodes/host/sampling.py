@@ -17,7 +17,7 @@ from ...lens_core.denoiser import NAG_OFF, NagOptions, warn_without_effect
 from ...lens_core.errors import SettingError
 from ...lens_core.interval import WHOLE, Interval
 from ...lens_core.sampling import BY_STEPS, check_size, partial_sigmas
-from .guider import IntervalGuider
+from .guider import IntervalGuider, PreviewGuider
 from .model import LensModel, require_lens, require_text, with_guidance
 from .noise import SeededNoise
 
@@ -86,7 +86,7 @@ def make_guider(
     warn_without_effect(cfg, nag, given)
     model = with_guidance(model)
     usual = interval.whole and not nag.scale
-    guider = comfy.samplers.CFGGuider(model) if usual else IntervalGuider(model, interval, nag)
+    guider = PreviewGuider(model) if usual else IntervalGuider(model, interval, nag)
     guider.set_conds(positive, negative)
     guider.set_cfg(cfg)
     return guider

@@ -6,6 +6,7 @@ attributes around lens_core's module instead, so every VAE node, tiled or not, w
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,8 @@ from ...lens_core.loading import load_vae
 from .progress import on_progress
 from .recovery import CLOSE_OTHERS, with_recovery
 
-# Peak bytes per image token and byte of dtype while encoding: that of decoding whole layers, 5.0 GB / 8100
-# tokens / 2 measured at 1440 x 1440 in bf16, and a tenth of reserve; encoding's is about the same.
-_ENCODE_BYTES = 340_000
-# Of decoding in strips the peak is known; the allocator takes up to so much more for it, in gaps.
-_DECODE_RESERVE = 1.3
+# Of a picture in strips the peak is known; the allocator takes up to so much more for it, in gaps.
+_RESERVE = 1.3
 # Where not even the VAE alone on the GPU has room for the picture: 512 pixels of it at once, of which the
 # outer 128 are blended. ComfyUI's own tiles are for VAEs of 8 pixels; here they would be 1024 pixels wide.
 _TILE, _OVERLAP = 32, 8
@@ -52,8 +50,9 @@ class LensHostVAE(comfy.sd.VAE):
         self.latent_dim, self.output_channels = 2, 3
         self.downscale_ratio = self.upscale_ratio = PIXELS_PER_TOKEN
         self.downscale_index_formula = self.upscale_index_formula = None
-        self.memory_used_decode = functools.partial(_decode_bytes, module, device)
-        self.memory_used_encode = _encode_bytes
+        self._way = {"frugal_memory": False}
+        self.memory_used_decode = functools.partial(_decode_bytes, module, device, self._way)
+        self.memory_used_encode = functools.partial(_encode_bytes, module, device)
         self.process_input, self.process_output = _to_signed, _to_unsigned
         self.extra_1d_channel = self.pad_channel_value = self.format_encoded = self.size = None
         self.crop_input, self.handles_tiling, self.not_video = True, False, False
@@ -65,28 +64,22 @@ class LensHostVAE(comfy.sd.VAE):
         )
         self.model_size()
         self._may_tile = True
-        # Cancel between layers, as ComfyUI's own layers do, or strips of them: a large picture takes a while
-        # on a CPU.
+        # Cancel between strips of layers, as ComfyUI's own between layers: a CPU takes a while.
         module.on_strip = _stop_if_cancelled
-        for layer in module.modules():
-            if isinstance(layer, torch.nn.Conv2d):
-                layer.register_forward_pre_hook(_stop_if_cancelled)
 
     def decode(self, samples_in: Tensor, vae_options: dict[str, Any] | None = None) -> Tensor:
         """As VAE's, but before a picture is decoded in tiles, whose colours differ from a whole one's, all
-        other models leave the GPU and it is tried again."""
-        decode = super().decode
+        other models leave the GPU and it is tried again, in half of the memory if need be."""
 
-        def whole() -> Tensor:
-            self._may_tile = False
-            try:
-                return decode(samples_in, vae_options or {})
-            finally:
-                self._may_tile = True
+        def again() -> Tensor:
+            for attempt in (self._whole, self._whole_frugally):
+                with contextlib.suppress(torch.OutOfMemoryError):
+                    return attempt(samples_in, vae_options)
+            return comfy.sd.VAE.decode_tiled(self, samples_in, _TILE, _TILE, _OVERLAP)
 
         return with_recovery(
-            whole,
-            lambda: decode(samples_in, vae_options or {}),
+            lambda: self._whole(samples_in, vae_options),
+            again,
             what="while decoding",
             device=self.device,
             advice=lambda: [
@@ -97,6 +90,28 @@ class LensHostVAE(comfy.sd.VAE):
             ],
             needed=lambda: self.patcher.model_size() + self._tile_bytes(samples_in, _TILE, _TILE),
         )
+
+    def decode_tiled(self, samples: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """In ComfyUI's nodes for tiles: the whole picture in half of the memory; in tiles only where there is
+        less than that."""
+        with contextlib.suppress(torch.OutOfMemoryError):
+            return self._whole_frugally(samples)
+        return super().decode_tiled(samples, *args, **kwargs)
+
+    def _whole(self, samples: Tensor, options: dict[str, Any] | None = None) -> Tensor:
+        """Pictures [B, H, W, 3]; raises OutOfMemoryError where VAE's would begin anew in tiles."""
+        self._may_tile = False
+        try:
+            return super().decode(samples, options or {})
+        finally:
+            self._may_tile = True
+
+    def _whole_frugally(self, samples: Tensor, options: dict[str, Any] | None = None) -> Tensor:
+        self._way["frugal_memory"] = True
+        try:
+            return self._whole(samples, {**(options or {}), **self._way})
+        finally:
+            self._way["frugal_memory"] = False
 
     def decode_tiled_(
         self, samples: Tensor, tile_x: int = _TILE, tile_y: int = _TILE, overlap: int = _OVERLAP
@@ -121,19 +136,23 @@ class LensHostVAE(comfy.sd.VAE):
         return {name.removeprefix("model."): value for name, value in weights.items()}
 
 
-def _stop_if_cancelled(*_: Any) -> None:
+def _stop_if_cancelled() -> None:
     comfy.model_management.throw_exception_if_processing_interrupted()
 
 
-def _decode_bytes(module: Any, device: torch.device, shape: tuple[int, ...], dtype: torch.dtype) -> int:
+def _decode_bytes(
+    module: Any, device: torch.device, way: dict[str, bool], shape: tuple[int, ...], dtype: torch.dtype
+) -> int:
     """Of one picture: the others of a batch wait for their turn."""
     size = comfy.model_management.dtype_size(dtype)
-    return int(_DECODE_RESERVE * module.decode_bytes(shape[-2], shape[-1], size, device))
+    return int(_RESERVE * module.decode_bytes(*shape[-2:], size, device, **way))
 
 
-def _encode_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
-    pixels = shape[-1] * shape[-2]
-    return _ENCODE_BYTES * pixels * comfy.model_management.dtype_size(dtype) // PIXELS_PER_TOKEN**2
+def _encode_bytes(module: Any, device: torch.device, shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    """Of one picture, as of decoding, and the picture itself."""
+    size = comfy.model_management.dtype_size(dtype)
+    height, width = (-(-pixels // PIXELS_PER_TOKEN) for pixels in shape[-2:])
+    return int(_RESERVE * module.encode_bytes(height, width, size, device)) + 3 * shape[-2] * shape[-1] * size
 
 
 def _to_signed(image: Tensor) -> Tensor:

@@ -1,5 +1,5 @@
-"""Decoding in strips at the published sizes, against diffusers' decode of whole layers; random weights. Its
-kernels at the shapes that they meet there, against their definitions."""
+"""Decoding and encoding in strips at the published sizes, against diffusers' whole layers; random weights;
+the kernels at the shapes that they meet there, against their definitions."""
 
 from __future__ import annotations
 
@@ -74,6 +74,27 @@ def test_the_peak_is_the_predicted_one(vae: LensVAE, latents: Tensor):
     peak = peak_gb(lambda: vae.decode(latents))
     assert peak == pytest.approx(predicted, rel=0.05)
     assert peak < 0.3 * peak_gb(lambda: vae.decode_whole(latents))
+
+
+def test_the_frugal_way(vae: LensVAE, latents: Tensor):
+    assert psnr(vae.decode(latents, frugal_memory=True), vae.decode(latents)) > 50
+    predicted = vae.decode_bytes(*latents.shape[2:], 2, frugal_memory=True) / 1e9
+    peak = peak_gb(lambda: vae.decode(latents, frugal_memory=True))
+    assert 0.8 * predicted < peak < predicted < 1.0
+
+
+def test_encoding_is_as_close_to_fp32_and_takes_what_was_predicted(
+    vae: LensVAE, exact: LensVAE, latents: Tensor, generator: torch.Generator
+):
+    size = [16 * side for side in latents.shape[2:]]
+    images = torch.rand(1, 3, *size, device=CUDA, dtype=torch.bfloat16, generator=generator) * 2 - 1
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        want = exact.encode_whole(images.float())
+    whole, in_strips = vae.encode_whole(images), vae.encode(images)
+    assert relative_l2(in_strips, want) < LUCK * relative_l2(whole, want)
+    del want
+    predicted = vae.encode_bytes(*latents.shape[2:], 2) / 1e9
+    assert peak_gb(lambda: vae.encode(images)) == pytest.approx(predicted, rel=0.05)
 
 
 def test_every_run_gives_the_same_bytes(vae: LensVAE, latents: Tensor):

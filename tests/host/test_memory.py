@@ -264,13 +264,14 @@ def test_generic_estimate_is_near_ours(tiny):
     assert 4096 * of_token == pytest.approx(ours, rel=0.2)
 
 
-def test_memory_estimates(tiny):
-    """Positive, and in proportion to the picture: ComfyUI frees this much before it runs."""
-    sizes = [(1, 128, 512, 512), (1, 128, 1024, 1024)]
-    at_small, at_large = (tiny.vae.memory_used_encode(size, torch.float32) for size in sizes)
-    assert at_large == 4 * at_small == 2 * tiny.vae.memory_used_encode(sizes[1], torch.bfloat16)
-    # 1440 x 1440 measured 5 GB in bf16; 1024 x 1024 is half as large.
-    assert 2e9 < tiny.vae.memory_used_encode(sizes[1], torch.bfloat16) < 4e9
+def test_encoding_is_estimated_by_its_own_arithmetic(tiny):
+    """The picture's own bytes come on top: ComfyUI brings it to the GPU. Sides are whole tokens."""
+    estimate, encode_bytes = tiny.vae.memory_used_encode, tiny.vae.first_stage_model.encode_bytes
+    for batch, height, width in ((1, 1024, 768), (4, 1024, 768), (1, 1009, 765)):
+        need = estimate((batch, 3, height, width), torch.bfloat16)
+        picture = 3 * height * width * 2
+        assert need - picture == int(1.3 * encode_bytes(64, 48, 2))
+    assert estimate((1, 3, 64, 64), torch.float32) > estimate((1, 3, 64, 64), torch.bfloat16)
 
 
 def test_decoding_is_estimated_by_its_own_arithmetic(tiny):

@@ -56,7 +56,8 @@ def cancel_after(cancel, progress):
 
 def test_sampling_reports_every_step(draw, progress):
     draw(steps=5)
-    assert [(done, total) for done, total, _ in progress] == [(step, 5) for step in range(1, 6)]
+    bars = [(done, total) for done, total, preview in progress if preview is None]
+    assert bars == [(step, 5) for step in range(1, 6)]
 
 
 def test_sampling_without_steps_reports_nothing(draw, progress):
@@ -157,9 +158,12 @@ def test_cancel_within_the_vae(host, tiny, cancel, interrupted, part, node):
         reached.append(layer)
         cancel()
 
-    layers = [
-        getattr(tiny.vae.first_stage_model.model, part).get_submodule(n) for n in ("conv_in", "conv_out")
-    ]
+    model = tiny.vae.first_stage_model.model
+    # Those that are called as modules; of a decode's last layers none is.
+    layers = {
+        "decoder": [model.decoder.conv_in, model.decoder.mid_block.attentions[0].to_q],
+        "encoder": [model.encoder.mid_block.attentions[0].to_q, model.quant_conv],
+    }[part]
     handles = [layer.register_forward_hook(press) for layer in layers]
     try:
         with pytest.raises(interrupted):
@@ -182,19 +186,127 @@ def preview_method(host):
     latent_preview.set_preview_method()
 
 
-def test_previews(draw, progress, preview_method):
-    """One small picture a step, at the size of the VAE's latents (half the packing)."""
-    preview_method("latent2rgb")
-    draw(steps=3)
-    pictures = [preview for _, _, preview in progress]
-    assert len(pictures) == 3
-    for kind, image, _ in pictures:
+def sampler_custom_advanced(host, tiny, **changes):
+    """Three steps by ComfyUI's sampler with our guider."""
+    latent = {"samples": torch.zeros(1, 128, 6, 4)}
+    (guider,) = host.run(
+        "LensGuider", model=tiny.model, positive=tiny.positive, negative=tiny.negative, cfg=5.0, **changes
+    )
+    (noise,) = host.run("RandomNoise", noise_seed=1)
+    (sampler,) = host.run("KSamplerSelect", sampler_name="euler")
+    (sigmas,) = host.run("LensScheduler", steps=3, latent=latent, denoise=1.0)
+    inputs = {"noise": noise, "guider": guider, "sampler": sampler, "sigmas": sigmas}
+    host.run("SamplerCustomAdvanced", latent_image=latent, **inputs)
+
+
+@pytest.fixture(params=["LensSampler", "LensGuider", "LensGuider in a part of the steps"])
+def three_steps(request, host, tiny, draw):
+    """Draws at 96 x 64 pixels."""
+    part = {"guidance_start": 0.5} if "part" in request.param else {}
+    if request.param == "LensSampler":
+        return lambda: draw(steps=3)
+    return lambda: sampler_custom_advanced(host, tiny, **part)
+
+
+def pictures(progress):
+    return [preview for _, _, preview in progress if preview is not None]
+
+
+@pytest.mark.parametrize("method", ["default", "auto", "latent2rgb"])
+def test_previews(three_steps, progress, preview_method, method):
+    """One small picture a step, at the size of the VAE's latents (half the packing), whoever makes it."""
+    preview_method(method)
+    three_steps()
+    assert len(pictures(progress)) == 3
+    for kind, image, _ in pictures(progress):
         assert kind == "JPEG" and image.size == (2 * 4, 2 * 6)
         low, high = zip(*image.getextrema(), strict=True)
         assert max(high) > min(low), "a flat preview"
 
 
-def test_no_previews_unless_asked(draw, progress, preview_method):
-    preview_method("none")
+def test_our_previews_are_comfyuis(draw, progress, preview_method):
+    seen = []
+    for method in ("default", "latent2rgb"):
+        preview_method(method)
+        draw(steps=3)
+        seen.append([image.tobytes() for _, image, _ in pictures(progress)])
+        progress.clear()
+    assert seen[0] == seen[1] and len(set(seen[0])) == 3
+
+
+@pytest.fixture
+def page_wants(host, monkeypatch):
+    """Makes a prompt run that the page sent with a preview method."""
+    from types import SimpleNamespace
+
+    from server import PromptServer
+
+    def send(method: str) -> None:
+        running = [(0, "id", {}, {"preview_method": method}, ["9"], {})]
+        queue = SimpleNamespace(get_current_queue_volatile=lambda: (running, []))
+        page = SimpleNamespace(prompt_queue=queue)
+        monkeypatch.setattr(PromptServer, "instance", page, raising=False)
+
+    return send
+
+
+@pytest.mark.parametrize("method, count", [("none", 0), ("default", 3)])
+def test_no_previews_for_a_page_that_wants_none(
+    three_steps, progress, preview_method, page_wants, method, count
+):
+    preview_method(method)
+    page_wants(method)
+    three_steps()
+    assert len(pictures(progress)) == count
+
+
+@pytest.mark.parametrize(
+    "start, count",
+    [
+        (["--preview-method", "none"], 0),
+        (["--preview-method=none"], 0),
+        (["--cpu", "--preview-size", "256"], 3),
+    ],
+    ids=["none", "none, joined", "another flag"],
+)
+def test_no_previews_by_a_server_started_so(host, draw, progress, monkeypatch, start, count):
+    import comfy.options
+
+    monkeypatch.setattr(comfy.options, "args_parsing", True)
+    monkeypatch.setattr("sys.argv", ["main.py", *start])
+    chosen = host.module("nodes.host.preview")._chosen_at_start
+    chosen.cache_clear()
+    try:
+        draw(steps=3)
+    finally:
+        chosen.cache_clear()
+    assert len(pictures(progress)) == count
+
+
+def test_a_tiny_decoder_makes_previews_where_it_is_chosen(
+    draw, progress, preview_method, tmp_path, monkeypatch
+):
+    """ComfyUI's own: the same size as the picture."""
+    import folder_paths
+    from comfy.taesd.taesd import DecoderFlux2
+    from safetensors.torch import save_file
+
+    folders, extensions = folder_paths.folder_names_and_paths["vae_approx"]
+    monkeypatch.setitem(
+        folder_paths.folder_names_and_paths, "vae_approx", ([*folders, str(tmp_path)], extensions)
+    )
+    weights = {name: torch.randn_like(value) / 24 for name, value in DecoderFlux2().state_dict().items()}
+    save_file(weights, tmp_path / "taef2_decoder.safetensors")
+    preview_method("taesd")
     draw(steps=3)
-    assert [preview for _, _, preview in progress] == [None, None, None]
+    assert [image.size for _, image, _ in pictures(progress)] == 3 * [(16 * 4, 16 * 6)]
+
+
+def test_latents_of_unknown_colours_have_no_previews(host, progress):
+    from types import SimpleNamespace
+
+    latents = host.module("nodes.host.model").PackedLatents(32)
+    patcher, steps = SimpleNamespace(model=SimpleNamespace(latent_format=latents)), []
+    callback = host.module("nodes.host.preview").with_previews(lambda *step: steps.append(step), patcher, 4)
+    callback(0, torch.zeros(1, 32, 2, 2), None, 4)
+    assert len(steps) == 1 and not progress

@@ -25,14 +25,17 @@ def short(host, tiny, monkeypatch):
 @pytest.mark.parametrize("forward", range(1, 2 * STEPS + 1))
 def test_every_forward_of_sampling(draw, short, management, progress, forward):
     """From step 0 with the same noise. The bar falls to 0, and on as soon as the step shown last is reached:
-    ComfyUI's sends no smaller number, unless there are previews."""
+    ComfyUI's sends no smaller number, unless there are previews, of which each step has one."""
     want = draw(steps=STEPS)["samples"]
     progress.clear()
     shortage = short("sample", lambda call: call == forward)
     assert torch.equal(draw(steps=STEPS)["samples"], want)
     assert shortage.calls == forward + 2 * STEPS and not shortage.leaked
     begun = list(range(1, (forward + 1) // 2))
-    assert [done for done, *_ in progress] == [*begun, 0, *range(max(1, len(begun)), STEPS + 1)]
+    bars = [done for done, _, preview in progress if preview is None]
+    assert bars == [*begun, 0, *range(max(1, len(begun)), STEPS + 1)]
+    shown = [done for done, _, preview in progress if preview is not None]
+    assert shown == [*begun, *range(1, STEPS + 1)]
 
 
 def test_stock_ksampler(ksampler, short, management):

@@ -59,12 +59,44 @@ def test_tiles_larger_than_the_picture_change_nothing(host, tiny, latent):
     assert relative_l2(tiled["samples"], encoded["samples"]) < 1e-5
 
 
-def test_smaller_tiles_fit_together(host, tiny):
-    """Each tile sees itself only (group norms, the middle's attention), so tiles differ; but every
-    part is in its place: the tiled picture follows the whole one."""
+def test_tiles_are_the_whole_picture_in_less_memory(host, tiny, monkeypatch):
+    """Not a pixel tells where ComfyUI's tiles would have been."""
+    latent = {"samples": random_latent(2, (24, 16))}
+    (whole,) = host.run("VAEDecode", samples=latent, vae=tiny.vae)
+    decode, seen = tiny.vae.first_stage_model.decode, []
+
+    def noted(samples, **way):
+        seen.append((samples.shape, way, tiny.vae.memory_used_decode(samples.shape, torch.float32)))
+        return decode(samples, **way)
+
+    monkeypatch.setattr(tiny.vae.first_stage_model, "decode", noted, raising=False)
+    (tiled,) = host.run("VAEDecodeTiled", samples=latent, vae=tiny.vae, tile_size=128, overlap=32)
+    assert relative_l2(tiled, whole) < 1e-5
+    estimate = tiny.vae.first_stage_model.decode_bytes
+    for shape, way, need in seen:
+        assert shape[2:] == (24, 16) and way == {"frugal_memory": True}
+        assert need == int(1.3 * estimate(24, 16, 4, frugal_memory=True))
+    assert tiny.vae.memory_used_decode((1, 128, 24, 16), torch.float32) == int(1.3 * estimate(24, 16, 4))
+
+
+def test_smaller_tiles_fit_together(host, tiny, monkeypatch):
+    """What comes where half of the memory is still too much. Each tile sees itself only (group norms, the
+    middle's attention), so tiles differ; but every part is in its place: the tiled picture follows the whole
+    one."""
     latent = {"samples": random_latent(1, (24, 16))}
     (whole,) = host.run("VAEDecode", samples=latent, vae=tiny.vae)
+    decode, sizes = tiny.vae.first_stage_model.decode, set()
+
+    def short(samples, **way):
+        sizes.add(tuple(samples.shape[-2:]))
+        if samples.shape[-2] * samples.shape[-1] > 8 * 8:
+            raise torch.OutOfMemoryError("test")
+        return decode(samples, **way)
+
+    monkeypatch.setattr(tiny.vae.first_stage_model, "decode", short, raising=False)
     (tiled,) = host.run("VAEDecodeTiled", samples=latent, vae=tiny.vae, tile_size=128, overlap=32)
+    monkeypatch.undo()
+    assert (24, 16) in sizes and (8, 8) in sizes
     assert tiled.shape == whole.shape == (1, 384, 256, 3)
     # Random weights, so tiles differ more than a trained VAE's. Measured: 0.98, upside down 0.13.
     assert correlation(tiled, whole) > 0.9

@@ -9,7 +9,7 @@ from lens_core.kernels import strips as definitions
 from lens_core.kernels.strip_registry import choose_strips, difference, triton_strip_kernels
 from lens_core.kernels.triton import strip_launch
 from lens_core.tiny.models import random_weights
-from lens_core.vae import LensVAE, strips
+from lens_core.vae import LensVAE, encode_strips, strips
 from tests.compare import relative_l2
 from tests.core import strip_cases as cases
 from tests.core.interpreted.conftest import Fences
@@ -194,11 +194,17 @@ def random_vae(dtype: torch.dtype) -> LensVAE:
 
 
 @pytest.mark.parametrize("elements", [2**12, 2**23])
-def test_a_decode(elements: int, monkeypatch: pytest.MonkeyPatch):
+def test_a_decode_and_an_encode(elements: int, monkeypatch: pytest.MonkeyPatch):
     """In fp32, so that what is wrong shows. Rows of the levels' strips do not fit each other's."""
     monkeypatch.setattr(strips, "STRIP_ELEMENTS", elements)
-    monkeypatch.setattr(strips, "_layout", lambda _: torch.channels_last)
-    monkeypatch.setattr(strips, "choose_strips", lambda *_: triton_strip_kernels())
-    latents = torch.randn(1, 128, 2, 1)
-    exact = random_vae(torch.float64).decode_whole(latents.double())
-    assert relative_l2(random_vae(torch.float32).decode(latents), exact) < 3e-6
+    for module in (strips, encode_strips):
+        monkeypatch.setattr(module, "_layout", lambda _: torch.channels_last)
+        monkeypatch.setattr(module, "choose_strips", lambda *_: triton_strip_kernels())
+    latents, image = torch.randn(1, 128, 2, 1), torch.rand(1, 3, 16, 32)
+    vae, exact = random_vae(torch.float32), random_vae(torch.float64)
+    picture = exact.decode_whole(latents.double())
+    assert relative_l2(vae.decode(latents), picture) < 3e-6
+    if elements > 2**20:  # there is one strip
+        return
+    assert relative_l2(vae.decode(latents, frugal_memory=True), picture) < 3e-6
+    assert relative_l2(vae.encode(image), exact.encode_whole(image.double())) < 3e-6
