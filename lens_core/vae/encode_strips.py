@@ -18,16 +18,16 @@ from .strips import (
     MOMENTS_SCRATCH,
     OnStrip,
     Strips,
-    _attention,
-    _bias,
-    _convolve,
-    _fill,
-    _layout,
-    _normalised,
-    _output,
-    _resnet,
+    attended,
+    bias_of,
+    convolved,
+    fill,
+    layout_of,
     level_bytes,
+    output_of,
     strip_rows,
+    through_resnet,
+    writer_of,
 )
 
 
@@ -51,25 +51,25 @@ def _encode_one(model: Any, image: Tensor, kernels: StripKernels, on_strip: OnSt
     x = _first(encoder.conv_in, picture, on_strip)
     for block in encoder.down_blocks:
         for resnet in block.resnets:
-            x = _resnet(resnet, x, on_strip)
+            x = through_resnet(resnet, x, on_strip)
         for downsampler in block.downsamplers or ():
             x = _downsample(downsampler.conv, x, on_strip)
     first, *others = encoder.mid_block.resnets
-    x = _resnet(first, x, on_strip)
+    x = through_resnet(first, x, on_strip)
     for attention, resnet in zip(encoder.mid_block.attentions, others, strict=True):
         if attention is not None:
-            x = _attention(attention, x)
-        x = _resnet(resnet, x, on_strip)
+            x = attended(attention, x)
+        x = through_resnet(resnet, x, on_strip)
     conv = encoder.conv_out
-    strips = _convolve(conv, conv.bias, x, _normalised(encoder.conv_norm_out, x), on_strip)
+    strips = convolved(conv, conv.bias, x, writer_of(encoder.conv_norm_out, x), on_strip)
     moments = torch.cat([strip for _, strip in strips], 2).contiguous()
     return moments if model.quant_conv is None else model.quant_conv(moments)
 
 
 def _first(conv: nn.Conv2d, picture: Strips, on_strip: OnStrip) -> Strips:
     """A function of its own, so that no name keeps a strip in memory."""
-    result, (inside, after) = _output(conv, picture), _bias(conv, picture)
-    for _, strip in _convolve(conv, inside, picture, _copy, on_strip):
+    result, (inside, after) = output_of(conv, picture), bias_of(conv, picture)
+    for _, strip in convolved(conv, inside, picture, _copy, on_strip):
         result.append(strip, after)
     return result
 
@@ -82,8 +82,8 @@ def _downsample(conv: nn.Conv2d, x: Strips, on_strip: OnStrip) -> Strips:
     """``Downsample2D``: a 3x3 convolution of every other pixel, zeros below and right; uses ``x`` up."""
     rows, height = strip_rows(conv.in_channels, x.height, x.width) // 2, x.height // 2
     result = Strips(rows, height, x.width // 2, x.kernels)
-    inside, after = _bias(conv, x)
-    layout = _layout(conv.weight)
+    inside, after = bias_of(conv, x)
+    layout = layout_of(conv.weight)
     weight = conv.weight.contiguous(memory_format=layout)
     for start in range(0, height, rows):
         on_strip()
@@ -91,9 +91,9 @@ def _downsample(conv: nn.Conv2d, x: Strips, on_strip: OnStrip) -> Strips:
         size = (1, conv.in_channels, 2 * (stop - start) + 1, x.width + 1)
         window = torch.empty(size, dtype=weight.dtype, device=weight.device, memory_format=layout)
         inner = window[:, :, :, :-1]
-        _fill(inner[:, :, :-1], x.pieces(2 * start, 2 * stop), _copy)
+        fill(inner[:, :, :-1], x.pieces(2 * start, 2 * stop), _copy)
         if 2 * stop < x.height:
-            _fill(inner[:, :, -1:], x.pieces(2 * stop, 2 * stop + 1), _copy)
+            fill(inner[:, :, -1:], x.pieces(2 * stop, 2 * stop + 1), _copy)
         else:
             window[:, :, -1] = 0
         window[:, :, :, -1] = 0

@@ -17,12 +17,12 @@ from .strips import (
     MOMENTS_SCRATCH,
     OnStrip,
     Strips,
-    _bias,
-    _convolve,
-    _normalised,
-    _output,
+    bias_of,
+    convolved,
     level_bytes,
+    output_of,
     strip_rows,
+    writer_of,
 )
 
 # Strips here are so many times smaller, for a dozen of them exist at once.
@@ -69,39 +69,39 @@ def finest(conv: nn.Conv2d, resnets: Sequence[Any], x: Strips, on_strip: OnStrip
 
 
 def _enlarged(conv: nn.Conv2d, x: Strips, on_strip: OnStrip) -> Stream:
-    inside, after = _bias(conv, x)
+    inside, after = bias_of(conv, x)
 
     def make(last: bool) -> Iterator[tuple[Tensor, Tensor]]:
-        for stop, strip in _convolve(conv, inside, x, x.kernels.double, on_strip, scale=2):
+        for stop, strip in convolved(conv, inside, x, x.kernels.double, on_strip, scale=2):
             if last:
                 x.free(stop // 2)
             yield strip, x.kernels.add_moments(strip, after)
 
-    return Stream(_output(conv, x, scale=2), make)
+    return Stream(output_of(conv, x, scale=2), make)
 
 
 def _resnet(block: Any, x: Strips, on_strip: OnStrip) -> Strips:
     """``ResnetBlock2D``; uses ``x`` up."""
     if isinstance(x, Stream):
         x.measure()
-    write = _normalised(block.norm1, x)
-    inside, after = _bias(block.conv1, x)
+    write = writer_of(block.norm1, x)
+    inside, after = bias_of(block.conv1, x)
 
     def make(last: bool) -> Iterator[tuple[Tensor, Tensor]]:
         if isinstance(x, Stream):
             x.again(last)
-        for stop, strip in _convolve(block.conv1, inside, x, write, on_strip):
+        for stop, strip in convolved(block.conv1, inside, x, write, on_strip):
             if isinstance(x, Stream) and not last:
                 x.free(stop)
             yield strip, x.kernels.add_moments(strip, after)
 
-    hidden = Stream(_output(block.conv1, x), make)
+    hidden = Stream(output_of(block.conv1, x), make)
     hidden.measure()
     hidden.again(last=True)
-    result, start = _output(block.conv2, hidden), 0
-    inside_second, after_second = _bias(block.conv2, x)
-    normalised = _normalised(block.norm2, hidden)
-    for stop, strip in _convolve(block.conv2, inside_second, hidden, normalised, on_strip):
+    result, start = output_of(block.conv2, hidden), 0
+    inside_second, after_second = bias_of(block.conv2, x)
+    normalised = writer_of(block.norm2, hidden)
+    for stop, strip in convolved(block.conv2, inside_second, hidden, normalised, on_strip):
         residual = x.pieces(start, stop)
         result.append(
             strip, after_second, map(block.conv_shortcut, residual) if block.conv_shortcut else residual

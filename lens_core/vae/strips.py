@@ -138,22 +138,22 @@ def _decode_one(
     # The first convolution is whole, for it is small; from here on strips have no owner but their list.
     height, width = latents.shape[2:]
     x = Strips(height, height, width, kernels)
-    x.append(decoder.conv_in(latents).contiguous(memory_format=_layout(latents)))
+    x.append(decoder.conv_in(latents).contiguous(memory_format=layout_of(latents)))
     first, *others = decoder.mid_block.resnets
-    x = _resnet(first, x, on_strip)
+    x = through_resnet(first, x, on_strip)
     for attention, resnet in zip(decoder.mid_block.attentions, others, strict=True):
         if attention is not None:
-            x = _attention(attention, x)
-        x = _resnet(resnet, x, on_strip)
+            x = attended(attention, x)
+        x = through_resnet(resnet, x, on_strip)
     *blocks, last = decoder.up_blocks
     for block in blocks:
         for resnet in block.resnets:
-            x = _resnet(resnet, x, on_strip)
+            x = through_resnet(resnet, x, on_strip)
         if block is not blocks[-1]:
             x = _upsample(block.upsamplers[0].conv, x, on_strip)
     x = finest(blocks[-1].upsamplers[0].conv, last.resnets, x, on_strip)
     conv, start = decoder.conv_out, 0
-    for stop, strip in _convolve(conv, conv.bias, x, _normalised(decoder.conv_norm_out, x), on_strip):
+    for stop, strip in convolved(conv, conv.bias, x, writer_of(decoder.conv_norm_out, x), on_strip):
         x.free(stop)
         image[:, :, start:stop] = strip
         start = stop
@@ -163,29 +163,29 @@ def _finest(conv: nn.Conv2d, resnets: Sequence[Any], x: Strips, on_strip: OnStri
     """Enlarge, then the finest level's resnets; uses ``x`` up."""
     x = _upsample(conv, x, on_strip)
     for resnet in resnets:
-        x = _resnet(resnet, x, on_strip)
+        x = through_resnet(resnet, x, on_strip)
     return x
 
 
-def _layout(like: Tensor) -> torch.memory_format:
+def layout_of(like: Tensor) -> torch.memory_format:
     """Tensor cores read 16-bit pixels with their channels together; other layouts are converted first."""
     half = like.is_cuda and like.dtype in (torch.bfloat16, torch.float16)
     return torch.channels_last if half else torch.contiguous_format
 
 
-def _resnet(block: Any, x: Strips, on_strip: OnStrip) -> Strips:
+def through_resnet(block: Any, x: Strips, on_strip: OnStrip) -> Strips:
     """``ResnetBlock2D``; uses ``x`` up."""
     shortcut = block.conv_shortcut
-    hidden = _output(block.conv1, x)
+    hidden = output_of(block.conv1, x)
     residual = x if shortcut is None else Strips(x.rows, x.height, x.width)
-    inside, after = _bias(block.conv1, x)
-    for stop, strip in _convolve(block.conv1, inside, x, _normalised(block.norm1, x), on_strip):
+    inside, after = bias_of(block.conv1, x)
+    for stop, strip in convolved(block.conv1, inside, x, writer_of(block.norm1, x), on_strip):
         if shortcut is not None:
             residual.parts.extend(map(shortcut, x.take(stop)))
         hidden.append(strip, after)
-    result, start = _output(block.conv2, hidden), 0
-    inside, after = _bias(block.conv2, x)
-    for stop, strip in _convolve(block.conv2, inside, hidden, _normalised(block.norm2, hidden), on_strip):
+    result, start = output_of(block.conv2, hidden), 0
+    inside, after = bias_of(block.conv2, x)
+    for stop, strip in convolved(block.conv2, inside, hidden, writer_of(block.norm2, hidden), on_strip):
         result.append(strip, after, residual.pieces(start, stop))
         hidden.free(stop)
         residual.free(stop)
@@ -195,15 +195,15 @@ def _resnet(block: Any, x: Strips, on_strip: OnStrip) -> Strips:
 
 def _upsample(conv: nn.Conv2d, x: Strips, on_strip: OnStrip) -> Strips:
     """``Upsample2D``: every pixel doubled both ways, then a convolution; uses ``x`` up."""
-    result = _output(conv, x, scale=2)
-    inside, after = _bias(conv, x)
-    for stop, strip in _convolve(conv, inside, x, x.kernels.double, on_strip, scale=2):
+    result = output_of(conv, x, scale=2)
+    inside, after = bias_of(conv, x)
+    for stop, strip in convolved(conv, inside, x, x.kernels.double, on_strip, scale=2):
         x.free(stop // 2)
         result.append(strip, after)
     return result
 
 
-def _attention(block: Any, x: Strips) -> Strips:
+def attended(block: Any, x: Strips) -> Strips:
     """``Attention`` of one picture's pixels with each other; uses ``x`` up."""
     scale, shift = x.affine(block.group_norm)
     normed = [torch.addcmul(shift, part, scale).to(part.dtype) for part in x.pieces(0, x.height)]
@@ -234,20 +234,20 @@ def _rows(conv: nn.Conv2d, source: Strips, scale: int) -> int:
     return strip_rows(channels, scale * source.height, scale * source.width, source.fineness)
 
 
-def _output(conv: nn.Conv2d, source: Strips, scale: int = 1) -> Strips:
-    """Room for what ``_convolve`` yields."""
+def output_of(conv: nn.Conv2d, source: Strips, scale: int = 1) -> Strips:
+    """Room for what ``convolved`` yields."""
     height, width = scale * source.height, scale * source.width
     result = Strips(_rows(conv, source, scale), height, width, source.kernels)
     result.fineness = source.fineness
     return result
 
 
-def _bias(conv: nn.Conv2d, source: Strips) -> tuple[Tensor | None, Tensor | None]:
+def bias_of(conv: nn.Conv2d, source: Strips) -> tuple[Tensor | None, Tensor | None]:
     """The bias, or nothing, to be added by the convolution; the bias, or nothing, to be added after it."""
     return (None, conv.bias) if source.kernels.adds_bias else (conv.bias, None)
 
 
-def _convolve(
+def convolved(
     conv: nn.Conv2d, bias: Tensor | None, source: Strips, write: Write, on_strip: OnStrip, scale: int = 1
 ) -> Iterator[tuple[int, Tensor]]:
     """(row it ends at, strip) of a 3x3 convolution of ``source`` as ``write`` transforms it.
@@ -257,7 +257,7 @@ def _convolve(
     """
     height, width = scale * source.height, scale * source.width
     rows = _rows(conv, source, scale)
-    layout = _layout(conv.weight)
+    layout = layout_of(conv.weight)
     weight = conv.weight.contiguous(memory_format=layout)
     size = (1, conv.in_channels, min(rows, height) + 2, width)
     rim = torch.empty(size, dtype=weight.dtype, device=weight.device, memory_format=layout)
@@ -266,16 +266,16 @@ def _convolve(
         stop = min(start + rows, height)
         rim[:, :, 0] = rim[:, :, rows] if start else 0
         window = rim[:, :, : stop - start + 2]
-        _fill(window[:, :, 1:-1], source.pieces(start // scale, stop // scale), write, scale)
+        fill(window[:, :, 1:-1], source.pieces(start // scale, stop // scale), write, scale)
         if stop < height:
-            _fill(window[:, :, -1:], source.pieces(stop // scale, stop // scale + 1), write)
+            fill(window[:, :, -1:], source.pieces(stop // scale, stop // scale + 1), write)
         else:
             window[:, :, -1] = 0
         # AMD's convolutions put the channels apart again.
         yield stop, F.conv2d(window, weight, bias, padding=(0, 1)).contiguous(memory_format=layout)
 
 
-def _fill(window: Tensor, pieces: Iterator[Tensor], write: Write, scale: int = 1) -> None:
+def fill(window: Tensor, pieces: Iterator[Tensor], write: Write, scale: int = 1) -> None:
     """``write`` the pieces one below the other. A function of its own, so that no view outlives it: a view
     would keep a strip in memory that its list has let go of."""
     for piece in pieces:
@@ -284,7 +284,7 @@ def _fill(window: Tensor, pieces: Iterator[Tensor], write: Write, scale: int = 1
         window = window[:, :, rows:]
 
 
-def _normalised(norm: nn.GroupNorm, source: Strips) -> Write:
+def writer_of(norm: nn.GroupNorm, source: Strips) -> Write:
     """GroupNorm and SiLU."""
     scale, shift = source.affine(norm)
     return lambda window, piece: source.kernels.normalise_silu(window, piece, scale, shift)

@@ -92,7 +92,7 @@ def test_pictures_of_odd_sizes(exact: LensVAE, size):
 
 @pytest.mark.usefixtures("few_rows")
 def test_gpus_layout_gives_the_same_picture(exact: LensVAE, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(strips, "_layout", lambda _: torch.channels_last)
+    monkeypatch.setattr(strips, "layout_of", lambda _: torch.channels_last)
     latents = torch.randn(1, 128, 5, 3, dtype=torch.float64)
     assert relative_l2(exact.decode(latents), exact.decode_whole(latents)) < EXACT
     images = torch.rand(1, 3, 48, 80, dtype=torch.float64)
@@ -166,16 +166,16 @@ def test_layers_of_the_published_widths(published: Any):
     assert relative_l2(joined(enlarged), want) < ROUNDING
     want = published.up_blocks[3].resnets[0](want, None)
     assert want.shape == (1, 128, 30, 18)
-    got = strips._resnet(published.up_blocks[3].resnets[0], enlarged, lambda: None)
+    got = strips.through_resnet(published.up_blocks[3].resnets[0], enlarged, lambda: None)
     assert relative_l2(joined(got), want) < ROUNDING
     x = torch.randn(1, 512, 9, 7)
-    got = strips._attention(published.mid_block.attentions[0], filled(x, 4))
+    got = strips.attended(published.mid_block.attentions[0], filled(x, 4))
     assert relative_l2(joined(got), published.mid_block.attentions[0](x)) < ROUNDING
 
 
 def test_a_layer_uses_its_input_up(published: Any):
     x = filled(torch.randn(1, 256, 10, 4), 4)
-    strips._resnet(published.up_blocks[3].resnets[0], x, lambda: None)
+    strips.through_resnet(published.up_blocks[3].resnets[0], x, lambda: None)
     assert x.parts == [None, None, None]
 
 
@@ -211,13 +211,13 @@ def test_no_seams(widths: dict[torch.dtype, LensVAE], monkeypatch: pytest.Monkey
         return math.sqrt(error[at_border].mean() / error[~at_border].mean())
 
     assert 0.8 < seam() < 1.25
-    fill = strips._fill
+    fill = strips.fill
 
     def without_halo(window: Tensor, pieces: Any, write: Any, scale: int = 1) -> Any:
         halo = window.shape[2] == 1 and window.shape[3] == want.shape[3]
         return window.zero_() if halo else fill(window, pieces, write, scale)
 
-    monkeypatch.setattr(strips, "_fill", without_halo)
+    monkeypatch.setattr(strips, "fill", without_halo)
     error = relative_l2(widths[torch.float32].decode(latents), want)
     assert error > 1000 * ROUNDING and seam() > 1.5
 

@@ -198,7 +198,7 @@ def test_a_decode_and_an_encode(elements: int, monkeypatch: pytest.MonkeyPatch):
     """In fp32, so that what is wrong shows. Rows of the levels' strips do not fit each other's."""
     monkeypatch.setattr(strips, "STRIP_ELEMENTS", elements)
     for module in (strips, encode_strips):
-        monkeypatch.setattr(module, "_layout", lambda _: torch.channels_last)
+        monkeypatch.setattr(module, "layout_of", lambda _: torch.channels_last)
         monkeypatch.setattr(module, "choose_strips", lambda *_: triton_strip_kernels())
     latents, image = torch.randn(1, 128, 2, 1), torch.rand(1, 3, 16, 32)
     vae, exact = random_vae(torch.float32), random_vae(torch.float64)
