@@ -80,6 +80,14 @@ def generate(args: argparse.Namespace) -> list[Path]:
     prompts = rewritten_by(pipeline, args, prompts, seed)
     pipeline.attention, pipeline.graphs = attention, BlockGraphs() if args.cuda_graphs else None
     noise = pipeline.noise(seed, len(prompts) * args.n, size)
+    of_run = {
+        "negative_prompt": args.negative_prompt,
+        "steps": steps,
+        "cfg": cfg,
+        "seed": seed,
+        "batch": len(prompts) * args.n,
+        **_settings(args, variant, size, dtype),
+    }
     paths = []
     for index, prompt in enumerate(prompts):
         if not prompt:
@@ -103,20 +111,8 @@ def generate(args: argparse.Namespace) -> list[Path]:
         for number, image in enumerate(images.cpu()):
             settings = {
                 "prompt": prompt,
-                "negative_prompt": args.negative_prompt,
-                "height": size[0],
-                "width": size[1],
-                "steps": steps,
-                "cfg": cfg,
-                "seed": seed,
-                "n": args.n,
+                **of_run,
                 "index": index * args.n + number,
-                "batch": len(prompts) * args.n,
-                "dtype": str(dtype).removeprefix("torch."),
-                "device": device.type,
-                "checkpoint": Path(args.repo_id).resolve().name,
-                "variant": variant.name,
-                **_other_parts(args),
                 **reasoner_settings(args, originals[index], prompt),
                 **_unusual(options, args.attention, guided, step_cache, nag, pipeline.quantization, loras),
             }
@@ -124,6 +120,22 @@ def generate(args: argparse.Namespace) -> list[Path]:
     if pipeline.graphs is not None:
         log.info("CUDA graphs: %s.", pipeline.graphs.report(dict.fromkeys(pipeline.graphs.runs, 0)))
     return paths
+
+
+def _settings(
+    args: argparse.Namespace, variant: Variant, size: tuple[int, int], dtype: torch.dtype
+) -> dict[str, Any]:
+    """What every PNG of a run holds of its model and its size."""
+    return {
+        "height": size[0],
+        "width": size[1],
+        "n": args.n,
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": torch.device(args.device).type,
+        "checkpoint": Path(args.repo_id).resolve().name,
+        "variant": variant.name,
+        **_other_parts(args),
+    }
 
 
 def _load(

@@ -18,7 +18,6 @@ from .strips import (
     MOMENTS_SCRATCH,
     OnStrip,
     Strips,
-    attended,
     bias_of,
     convolved,
     fill,
@@ -26,6 +25,7 @@ from .strips import (
     level_bytes,
     output_of,
     strip_rows,
+    through_middle,
     through_resnet,
     writer_of,
 )
@@ -54,12 +54,7 @@ def _encode_one(model: Any, image: Tensor, kernels: StripKernels, on_strip: OnSt
             x = through_resnet(resnet, x, on_strip)
         for downsampler in block.downsamplers or ():
             x = _downsample(downsampler.conv, x, on_strip)
-    first, *others = encoder.mid_block.resnets
-    x = through_resnet(first, x, on_strip)
-    for attention, resnet in zip(encoder.mid_block.attentions, others, strict=True):
-        if attention is not None:
-            x = attended(attention, x)
-        x = through_resnet(resnet, x, on_strip)
+    x = through_middle(encoder.mid_block, x, on_strip)
     conv = encoder.conv_out
     strips = convolved(conv, conv.bias, x, writer_of(encoder.conv_norm_out, x), on_strip)
     moments = torch.cat([strip for _, strip in strips], 2).contiguous()

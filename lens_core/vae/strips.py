@@ -139,12 +139,7 @@ def _decode_one(
     height, width = latents.shape[2:]
     x = Strips(height, height, width, kernels)
     x.append(decoder.conv_in(latents).contiguous(memory_format=layout_of(latents)))
-    first, *others = decoder.mid_block.resnets
-    x = through_resnet(first, x, on_strip)
-    for attention, resnet in zip(decoder.mid_block.attentions, others, strict=True):
-        if attention is not None:
-            x = attended(attention, x)
-        x = through_resnet(resnet, x, on_strip)
+    x = through_middle(decoder.mid_block, x, on_strip)
     *blocks, last = decoder.up_blocks
     for block in blocks:
         for resnet in block.resnets:
@@ -201,6 +196,17 @@ def _upsample(conv: nn.Conv2d, x: Strips, on_strip: OnStrip) -> Strips:
         x.free(stop // 2)
         result.append(strip, after)
     return result
+
+
+def through_middle(block: Any, x: Strips, on_strip: OnStrip) -> Strips:
+    """``UNetMidBlock2D``, the decoder's or the encoder's; uses ``x`` up."""
+    first, *others = block.resnets
+    x = through_resnet(first, x, on_strip)
+    for attention, resnet in zip(block.attentions, others, strict=True):
+        if attention is not None:
+            x = attended(attention, x)
+        x = through_resnet(resnet, x, on_strip)
+    return x
 
 
 def attended(block: Any, x: Strips) -> Strips:

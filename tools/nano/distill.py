@@ -11,7 +11,6 @@ import argparse
 import random
 from functools import partial
 from itertools import pairwise
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +28,7 @@ from .export import export
 from .feed import batches
 from .models import Models, clear
 from .scenes import SIZES, Size
-from .training import Clock, Curves, Masters, Recorded, rate_at, save_checkpoint
+from .training import Clock, Curves, Masters, Recorded, clock_flags, rate_at, run_flags, save_checkpoint
 
 NAMES = ("step 1", "step 2", "step 3", "step 4", "gradient")
 STEPS = LENS_TURBO.steps
@@ -158,17 +157,10 @@ def distil(args: argparse.Namespace) -> bool:
 def main() -> None:
     """Read the flags and distil."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="folder of the run, trained")
-    parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--minutes", type=float, default=1e9, help="of this run")
-    parser.add_argument("--finish", action="store_true", help="the training ends when the minutes do")
+    run_flags(parser, "folder of the run, trained", steps=4000, batch=256, rate=1e-3, workers=12)
+    clock_flags(parser)
     parser.add_argument("--parts", type=int, default=5, help="the teacher's steps in one of the student's")
     parser.add_argument("--scale", type=float, default=2.0, help="the teacher's guidance")
-    parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--rate", type=float, default=1e-3)
-    parser.add_argument("--workers", type=int, default=12)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     print("done" if distil(args) else "to be continued")
 

@@ -19,7 +19,7 @@ from .flow import NAMES, FlowStep
 from .models import Models, write
 from .pool import Pool
 from .scenes import SIZES
-from .training import Clock, Curves, Masters, Recorded, rate_at, save_checkpoint
+from .training import Clock, Curves, Masters, Recorded, clock_flags, rate_at, run_flags, save_checkpoint
 
 # Pictures that are drawn together.
 _NEW = 256
@@ -83,19 +83,19 @@ def train(args: argparse.Namespace) -> bool:
 def main() -> None:
     """Read the flags and train."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="folder of the run, with vae.pt")
-    parser.add_argument("--steps", type=int, default=60_000)
+    run_flags(
+        parser,
+        "folder of the run, with vae.pt and encoder.pt",
+        steps=60_000,
+        batch=256,
+        rate=3e-3,
+        workers=12,
+    )
+    clock_flags(parser)
     parser.add_argument("--begin", type=Path, help="weights to begin with: an earlier run's trained.pt")
-    parser.add_argument("--minutes", type=float, default=1e9, help="of this run")
-    parser.add_argument("--finish", action="store_true", help="the training ends when the minutes do")
-    parser.add_argument("--batch", type=int, default=256, help="pictures a step")
-    parser.add_argument("--rate", type=float, default=3e-3)
     parser.add_argument("--keep", type=int, default=5000, help="steps between checkpoints")
     parser.add_argument("--pool", type=int, default=8192, help="pictures of each size that are kept")
     parser.add_argument("--renew", type=int, default=36, help="steps between new pictures")
-    parser.add_argument("--workers", type=int, default=12)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     print("done" if train(args) else "to be continued")
 

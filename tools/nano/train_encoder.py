@@ -8,7 +8,6 @@ last tokens. The probes are thrown away; what they taught is in the features tha
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +21,7 @@ from .encoder import TrainedEncoder
 from .feed import captions
 from .properties import PROPERTIES
 from .tokenizer import run_tokenizer
-from .training import Curves, Masters, Recorded, rate_at, save_checkpoint
+from .training import Curves, Masters, Recorded, rate_at, run_flags, save_checkpoint
 
 NAMES = ("language", "told", "right, %", "gradient")
 _LANGUAGE = 0.2
@@ -93,13 +92,7 @@ def train(args: argparse.Namespace) -> None:
 def main() -> None:
     """Read the flags and train."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="folder of the run")
-    parser.add_argument("--steps", type=int, default=5000)
-    parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--rate", type=float, default=3e-3)
-    parser.add_argument("--workers", type=int, default=6)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    run_flags(parser, "folder of the run", steps=5000, batch=256, rate=3e-3, workers=6)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     train(args)

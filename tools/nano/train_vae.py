@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import random
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +22,7 @@ from .configs import VAE
 from .feed import Batch, batches
 from .render import collate, render
 from .scenes import SIZES, sample_scene
-from .training import Curves, Masters, Recorded, rate_at, save_checkpoint
+from .training import Curves, Masters, Recorded, rate_at, run_flags, save_checkpoint
 
 NAMES = ("L1", "edges", "KL", "gradient")
 _KL = 5e-3
@@ -124,14 +123,8 @@ def _names(vae: LensVAE) -> list[str]:
 def main() -> None:
     """Read the flags and train."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="folder of the run")
-    parser.add_argument("--steps", type=int, default=10_000)
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--rate", type=float, default=3e-3)
+    run_flags(parser, "folder of the run", steps=10_000, batch=64, rate=3e-3, workers=8)
     parser.add_argument("--keep", type=int, default=2000, help="steps between checkpoints")
-    parser.add_argument("--workers", type=int, default=8)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     train(args)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import time
@@ -13,6 +14,25 @@ import torch
 from torch import Tensor, nn
 
 from .muon import Muon
+
+
+def run_flags(
+    parser: argparse.ArgumentParser, out: str, *, steps: int, batch: int, rate: float, workers: int
+) -> None:
+    """The flags that every training has; ``out`` describes the run's folder."""
+    parser.add_argument("--out", type=Path, required=True, help=out)
+    parser.add_argument("--steps", type=int, default=steps)
+    parser.add_argument("--batch", type=int, default=batch, help="examples a step")
+    parser.add_argument("--rate", type=float, default=rate)
+    parser.add_argument("--workers", type=int, default=workers)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+
+
+def clock_flags(parser: argparse.ArgumentParser) -> None:
+    """Those of ``Clock``."""
+    parser.add_argument("--minutes", type=float, default=1e9, help="of this run")
+    parser.add_argument("--finish", action="store_true", help="the training ends when the minutes do")
 
 
 class Masters:
