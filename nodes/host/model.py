@@ -219,15 +219,13 @@ def load_model(
     variant = variant_at(file.path, file.checkpoint.metadata)
     management = comfy.model_management
     device, offload_device = management.get_torch_device(), management.unet_offload_device()
-    supported = LensModelConfig.supported_inference_dtypes
-    held = dtype or _dtype_for(file.checkpoint, device, supported)
-    cast = management.unet_manual_cast(held, device, supported)
-    if dtype != torch.float32 and (cast or held) == torch.float32 and _lacks_bfloat16(device):
+    held, computing = dtypes_for(file.checkpoint, dtype, device)
+    if dtype != torch.float32 and computing == torch.float32 and _lacks_bfloat16(device):
         _say_slow()
     mode = file.mode(quantization, device, free_for_models(device))
-    quantized = operations(cast or held) if file.stored or mode != NONE else None
+    quantized = operations(computing) if file.stored or mode != NONE else None
     model_config = LensModelConfig(file.config, variant, quantized)
-    model_config.set_inference_dtype(held, cast)
+    model_config.set_inference_dtype(held, None if computing == held else computing)
     model = with_recovery(
         lambda: _filled(file, model_config, mode, device),
         lambda: _filled(file, model_config, mode, torch.device("cpu")),
@@ -267,6 +265,15 @@ def _filled(
         on_tensor=on_progress(),
     )
     return model
+
+
+def dtypes_for(
+    checkpoint: AnyCheckpoint, dtype: torch.dtype | None, device: torch.device
+) -> tuple[torch.dtype, torch.dtype]:
+    """What weights are held in on ``device`` and what is computed in; ``dtype`` None: as ComfyUI chooses."""
+    supported = LensModelConfig.supported_inference_dtypes
+    held = dtype or _dtype_for(checkpoint, device, supported)
+    return held, comfy.model_management.unet_manual_cast(held, device, supported) or held
 
 
 def _dtype_for(checkpoint: AnyCheckpoint, device: torch.device, supported: list[torch.dtype]) -> torch.dtype:
