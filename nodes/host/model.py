@@ -37,7 +37,7 @@ from ...lens_core.sampling import empirical_mu, norm_rescaled_guidance
 from ...lens_core.weights import variant_at
 from ...lens_core.weights.loader import AnyCheckpoint
 from .denoiser import GRAPHS, RUN, HostDenoiser
-from .progress import on_progress
+from .progress import loading, on_progress
 from .quantized import free_for_models, operations
 from .reader import host_reader
 from .recovery import CLOSE_OTHERS, sample_with_recovery, with_recovery
@@ -262,7 +262,7 @@ def _filled(
         structure=LensDenoiser(file.config, device="meta"),
         device=quantizing,
         read=host_reader(file.checkpoint),
-        on_tensor=on_progress(),
+        on_tensor=on_progress(loading(file.checkpoint)),
     )
     return model
 
