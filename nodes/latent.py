@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from ..lens_core.sampling import ASPECT_RATIOS, BASE_RESOLUTIONS, FITS, bucket
+from ..lens_core.sampling import ASPECT_RATIOS, BASE_RESOLUTIONS, BUCKETS, FITS, bucket
 from .host.image import image_to_latent
 from .host.sampling import empty_latent
 
@@ -14,6 +14,14 @@ def _base_resolution() -> io.Input:
         default="1024",
         tooltip="The picture has about this number squared of pixels, in any shape. 256 is for nano Lens.",
     )
+
+
+def _sizes() -> dict[str, dict[str, list[int]]]:
+    """[width, height] of every base and ratio, for the page's aspect picker."""
+    return {
+        str(base): {ratio: [width, height] for ratio, (height, width) in shapes.items()}
+        for base, shapes in BUCKETS.items()
+    }
 
 
 class LensEmptyLatent(io.ComfyNode):
@@ -34,6 +42,7 @@ class LensEmptyLatent(io.ComfyNode):
                     options=list(ASPECT_RATIOS),
                     default="1:1",
                     tooltip="Width to height.",
+                    extra_dict={"lens_sizes": _sizes()},
                 ),
                 io.Int.Input("batch_size", default=1, min=1, max=64, tooltip="Pictures drawn at once."),
             ],
