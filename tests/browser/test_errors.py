@@ -50,11 +50,6 @@ def test_a_refused_choice_is_said_once_and_its_help_opens(page: LensPage) -> Non
 
 @one_renderer
 def test_an_error_while_running_is_said_in_its_own_words(page: LensPage) -> None:
-    page.page.evaluate(
-        """() => { const [latent, preview] = ["LensEmptyLatent", "LensVAEDecode"].map(
-             (type) => { const node = LiteGraph.createNode(type); app.rootGraph.add(node); return node });
-           latent.connect(0, preview, "samples"); }"""
-    )
     node = add(page, "LensSampler")
     detail = {"node_id": node, "node_type": "LensSampler", "exception_type": "pack.lens_core.errors.SizeError"}
     page.page.evaluate(ERROR, detail | {"exception_message": "1000x1000 pixels: both sides.\n"})
@@ -87,3 +82,17 @@ def test_the_errors_of_others_and_cancel_are_left_to_the_page(page: LensPage) ->
     )
     page.page.wait_for_timeout(200)  # nothing is what is waited for
     assert page.toasts() == []
+
+
+@one_renderer
+def test_what_is_refused_for_several_inputs_is_said_once(page: LensPage) -> None:
+    refusal = {"type": "custom_validation_failed", "message": "Custom validation failed for node"}
+    errors = [
+        refusal | {"details": f"{name} - Too - large.", "extra_info": {"input_name": name}}
+        for name in ("steps", "cfg")
+    ]
+    said = page.page.evaluate(
+        """async ([module, error]) => (await import(module)).refusals(error)""",
+        [f"/extensions/{page.host.folder}/js/words_of_errors.js", {"errors": errors}],
+    )
+    assert said == ["Too - large."]

@@ -19,15 +19,13 @@ let failed;
  */
 function show(type, id, text) {
   failed = { type, id };
-  const node = nodeAt(id);
-  const title = node?.title ?? definition(type)?.display_name ?? type;
+  const title = nodeAt(id)?.title ?? definition(type)?.display_name ?? type;
   const mark = `lens-error-${++shown}`;
   toast("error", title, text, { life: LIFE, styleClass: `lens-error ${mark}` });
   if (isOurs(type)) {
     addButton(mark, `Help for ${title}`, () => {
-      // It would cover the page that it opens.
-      document.querySelector(`.${mark} .p-toast-close-button`)?.click();
-      openHelp(node, type);
+      close(mark); // it would cover the page that it opens
+      openHelp(nodeAt(id), type);
     });
   }
 }
@@ -40,6 +38,11 @@ function addButton(mark, label, onClick, patience = 20) {
     return;
   }
   text.append(makeButton(label, onClick));
+}
+
+/** @param {string} mark a class of the toasts */
+function close(mark) {
+  for (const button of document.querySelectorAll(`.${mark} .p-toast-close-button`)) button.click();
 }
 
 function nodeAt(id) {
@@ -91,6 +94,7 @@ app.registerExtension({
   ],
   setup() {
     api.addEventListener("execution_error", onError);
+    api.addEventListener("promptQueueing", () => close("lens-error"));
     watchPrompts();
   },
 });

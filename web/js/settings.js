@@ -13,13 +13,14 @@ const DEFAULTS = {
 const CLEAR = "Lens.ClearFeatureCache";
 const POST = { method: "POST", headers: { "Content-Type": "application/json" }, body: "{}" };
 // Not "", which ComfyUI's combos show as nothing.
-const AS_IT_IS = { text: "node's own", value: "default" };
+const AS_IT_IS = { text: "the node's own", value: "default" };
 
 /** A combo of a node input's choices, read when the settings are opened. */
 function fromNode(type, input) {
   return {
     type: "combo",
     defaultValue: AS_IT_IS.value,
+    attrs: { style: "width: 18rem" }, // names of files are long
     options: () => [AS_IT_IS, ...choicesOf(type, input).map((choice) => ({ text: choice, value: choice }))],
   };
 }
