@@ -62,6 +62,7 @@ class LensPage:
                  await app.loadGraphData({nodes: [], links: [], version: 0.4});
                }"""
         )
+        self.page.locator(".p-toast-message").first.wait_for(state="detached")  # they fade
         self._errors.clear()
 
     # Workflows

@@ -5,7 +5,7 @@
  * the saved file. The sizes come with the node's description, so that there is one table of them.
  */
 import { app } from "../../../scripts/app.js";
-import { addStyle, after, asOneStep, inputOf, isWired, setWidget, widgetOf } from "./host.js";
+import { addStyle, after, asOneStep, inputOf, isWired, replaceWhenRemade, setWidget, widgetOf } from "./host.js";
 
 const NODE = "LensEmptyLatent";
 const LONGEST_SIDE = 30;
@@ -95,6 +95,7 @@ function addPicker(node) {
     getMaxHeight: () => HEIGHT,
   });
   widget.serialize = false; // not in the saved file
+  replaceWhenRemade(node, widget);
   for (const combo of [picker.ratio, picker.base]) after(combo, "callback", show);
   for (const event of ["onConfigure", "onConnectionsChange"]) after(node, event, show);
   node.setSize([Math.max(node.size[0], MIN_WIDTH), node.computeSize()[1]]);

@@ -3,7 +3,7 @@
  */
 import { app } from "../../../scripts/app.js";
 import { api } from "../../../scripts/api.js";
-import { addStyle, definition, isOurs, toast } from "./host.js";
+import { definition, isOurs, makeButton, toast } from "./host.js";
 import { openHelp } from "./help.js";
 import { isOwnError, refusals, sentence } from "./words_of_errors.js";
 
@@ -19,26 +19,30 @@ let failed;
  */
 function show(type, id, text) {
   failed = { type, id };
-  const node = nodeAt(id);
-  const title = node?.title ?? definition(type)?.display_name ?? type;
+  const title = nodeAt(id)?.title ?? definition(type)?.display_name ?? type;
   const mark = `lens-error-${++shown}`;
   toast("error", title, text, { life: LIFE, styleClass: `lens-error ${mark}` });
-  if (isOurs(type)) addButton(mark, title, () => openHelp(node, type));
+  if (isOurs(type)) {
+    addButton(mark, `Help for ${title}`, () => {
+      close(mark); // it would cover the page that it opens
+      openHelp(nodeAt(id), type);
+    });
+  }
 }
 
 /** Toasts have texts only, so the button is put into the one that appears. */
-function addButton(mark, title, onClick, patience = 20) {
+function addButton(mark, label, onClick, patience = 20) {
   const text = document.querySelector(`.${mark} .p-toast-message-text`);
   if (!text) {
-    if (patience) requestAnimationFrame(() => addButton(mark, title, onClick, patience - 1));
+    if (patience) requestAnimationFrame(() => addButton(mark, label, onClick, patience - 1));
     return;
   }
-  const button = document.createElement("button");
-  button.type = "button";
-  button.className = "lens-error-help";
-  button.textContent = `Help for ${title}`;
-  button.addEventListener("click", onClick);
-  text.append(button);
+  text.append(makeButton(label, onClick));
+}
+
+/** @param {string} mark a class of the toasts */
+function close(mark) {
+  for (const button of document.querySelectorAll(`.${mark} .p-toast-close-button`)) button.click();
 }
 
 function nodeAt(id) {
@@ -53,18 +57,19 @@ function onError({ detail }) {
   if (isOurs(detail.node_type) || isOwnError(detail)) show(detail.node_type, detail.node_id, sentence(detail));
 }
 
-/** There is no event for a refused prompt, so its answer is read on its way to the page. */
+/**
+ * There is no event for a refused prompt, so its answer is read on its way to the page, which gets the same
+ * promise: this file is in no stack of its errors.
+ */
 function watchPrompts() {
   const queuePrompt = api.queuePrompt;
-  api.queuePrompt = async function (...args) {
-    try {
-      const answer = await queuePrompt.apply(this, args);
-      showRefusals(answer?.node_errors);
-      return answer;
-    } catch (error) {
-      showRefusals(error?.response?.node_errors);
-      throw error;
-    }
+  api.queuePrompt = function (...args) {
+    const answer = queuePrompt.apply(this, args);
+    answer.then(
+      (accepted) => showRefusals(accepted?.node_errors),
+      (error) => showRefusals(error?.response?.node_errors),
+    );
+    return answer;
   };
 }
 
@@ -74,7 +79,6 @@ function showRefusals(errors) {
   }
 }
 
-addStyle("errors.css");
 app.registerExtension({
   name: "lens.errors",
   commands: [
@@ -90,6 +94,7 @@ app.registerExtension({
   ],
   setup() {
     api.addEventListener("execution_error", onError);
+    api.addEventListener("promptQueueing", () => close("lens-error"));
     watchPrompts();
   },
 });

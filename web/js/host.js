@@ -73,6 +73,26 @@ export function after(owner, name, then) {
   };
 }
 
+/**
+ * Undo and reload make every node anew, and Nodes 2.0 goes on showing the old node's element where the new one
+ * has its id: put the new one's there.
+ * @param {Object} widget of addDOMWidget
+ */
+export function replaceWhenRemade(node, widget) {
+  after(node, "onRemoved", () => {
+    const { id } = node;
+    requestAnimationFrame(() => {
+      const old = widget.element;
+      const heir = app.canvas.graph?.getNodeById(id);
+      const element = heir && heir !== node && widgetOf(heir, widget.name)?.element;
+      if (!element || element.isConnected || !old.isConnected) return;
+      const focused = old.contains(document.activeElement);
+      old.replaceWith(element);
+      if (focused) element.querySelector("[tabindex='0']")?.focus();
+    });
+  });
+}
+
 /** Set a widget as a person does: other extensions hear of it. */
 export function setWidget(node, widget, value) {
   widget.value = value;
@@ -110,6 +130,19 @@ export function toast(severity, summary, detail, more = {}) {
 }
 
 /**
+ * @param {string} text
+ * @param {() => void} onClick
+ */
+export function makeButton(text, onClick) {
+  const button = document.createElement("button");
+  button.type = "button";
+  button.className = "lens-button";
+  button.textContent = text;
+  button.addEventListener("click", onClick);
+  return button;
+}
+
+/**
  * The JSON of one of this pack's routes; throws the server's own sentence where it refuses.
  * @param {string} route
  * @param {RequestInit} [options]
@@ -131,3 +164,5 @@ export function addStyle(name) {
   link.href = new URL(`../css/${name}`, import.meta.url).href;
   document.head.append(link);
 }
+
+addStyle("page.css");

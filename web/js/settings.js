@@ -2,7 +2,7 @@
  * The pack's settings, which ComfyUI keeps with its own: what new nodes begin with, and the feature cache.
  */
 import { app } from "../../../scripts/app.js";
-import { ask, choicesOf, setting, toast, widgetOf } from "./host.js";
+import { ask, choicesOf, makeButton, setting, toast, widgetOf } from "./host.js";
 
 /** The inputs that a new node takes from a setting, by node type. */
 const DEFAULTS = {
@@ -12,24 +12,17 @@ const DEFAULTS = {
 };
 const CLEAR = "Lens.ClearFeatureCache";
 const POST = { method: "POST", headers: { "Content-Type": "application/json" }, body: "{}" };
-const AS_IT_IS = { text: "the node's own", value: "" };
+// Not "", which ComfyUI's combos show as nothing.
+const AS_IT_IS = { text: "the node's own", value: "default" };
 
 /** A combo of a node input's choices, read when the settings are opened. */
 function fromNode(type, input) {
   return {
     type: "combo",
-    defaultValue: "",
+    defaultValue: AS_IT_IS.value,
+    attrs: { style: "width: 18rem" }, // names of files are long
     options: () => [AS_IT_IS, ...choicesOf(type, input).map((choice) => ({ text: choice, value: choice }))],
   };
-}
-
-function clearButton() {
-  const button = document.createElement("button");
-  button.type = "button";
-  button.className = "p-button p-component";
-  button.textContent = "Clear";
-  button.addEventListener("click", () => app.extensionManager.command.execute(CLEAR));
-  return button;
 }
 
 async function clearFeatureCache() {
@@ -87,7 +80,7 @@ const SETTINGS = [
     category: ["Lens", "Feature cache", "Clear"],
     name: "Clear the feature cache",
     tooltip: "Deletes the text features of all prompts from the disk.",
-    type: clearButton,
+    type: () => makeButton("Clear", () => app.extensionManager.command.execute(CLEAR)),
     defaultValue: null,
   },
   {

@@ -1,7 +1,7 @@
 /**
  * What an error says, without what a person has no use for.
  */
-const MEMORY = /OutOfMemory(Error)?$/;
+const MEMORY = /out ?of ?memory/i;
 const OWN = /(^|\.)lens_core\./;
 const TIPS = [
   "a smaller base_resolution or batch_size",
@@ -15,9 +15,9 @@ export function isOwnError(detail) {
   return OWN.test(detail.exception_type ?? "");
 }
 
-/** Whether memory ran out. */
+/** Whether a GPU's memory ran out: some drivers' errors say it in their text alone. */
 export function isOutOfMemory(detail) {
-  return MEMORY.test(detail.exception_type ?? "");
+  return MEMORY.test(`${detail.exception_type} ${detail.exception_message}`);
 }
 
 /**
