@@ -65,6 +65,12 @@ def judge(parts: Components, device: Device, covered: str, advice: Sequence[str]
     return Verdict(level, needed, least, f"{_SIGNS[level]} {line}{words}", (covered, *details))
 
 
+def lighter(parts: Components, denoisers: dict[str, Component], free: float) -> str | None:
+    """The first of these denoisers (by what they are called) with which ``parts`` would fit whole."""
+    fitting = (name for name, part in denoisers.items() if whole(replace(parts, denoiser=part)) <= free)
+    return next(fitting, None)
+
+
 def _leaving(parts: Components, encoder: int, denoiser: int) -> Plan:
     return Plan(encoder, denoiser, modulation=False, keep_encoder=False, keep_denoiser=False)
 
@@ -90,9 +96,3 @@ def _there(device: Device, called: str) -> str:
 
 def _gb(size: float) -> str:
     return f"{max(size, 0) / 1e9:.1f} GB"
-
-
-def lighter(parts: Components, denoisers: dict[str, Component], free: float) -> str | None:
-    """The first of these denoisers (by what they are called) with which ``parts`` would fit whole."""
-    fitting = (name for name, part in denoisers.items() if whole(replace(parts, denoiser=part)) <= free)
-    return next(fitting, None)

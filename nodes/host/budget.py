@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -10,6 +11,7 @@ import comfy.model_management
 import torch
 
 from ...lens_core.config import Variant
+from ...lens_core.errors import CheckpointError
 from ...lens_core.file_needs import denoiser_file_needs, encoder_file_needs
 from ...lens_core.loading import DTYPES, component_path, open_denoiser, open_encoder
 from ...lens_core.memory.plan import Component, Components
@@ -18,7 +20,6 @@ from ...lens_core.needs import Picture
 from ...lens_core.quant.policy import AUTO, NONE
 from . import paths
 from .kinds import variant_in
-from .missing import NONE_YET
 from .model import dtypes_for
 from .quantized import free_for_models
 
@@ -43,7 +44,7 @@ class Choice:
 
 def verdict(choice: Choice) -> Verdict:
     """Whether it fits this machine. Raises CheckpointError for a file that is no longer as it was listed."""
-    device = _device()
+    device = comfy.model_management.get_torch_device()
     free = free_for_models(device)
     is_cpu = device.type == "cpu"
     there = comfy.model_management.get_free_memory(device) if free is None else free
@@ -70,13 +71,12 @@ def verdict(choice: Choice) -> Verdict:
 
 def variants() -> dict[str, Variant]:
     """Which published checkpoint each option of LensModelLoader is, by its name and header."""
-    names = (name for name in paths.choices("denoiser") if name != NONE_YET)
-    found = {name: variant_in(component_path(paths.path_of("denoiser", name), "denoiser")) for name in names}
-    return {name: variant for name, variant in found.items() if variant is not None}
-
-
-def _device() -> torch.device:
-    return comfy.model_management.get_torch_device()
+    found = {}
+    for name in paths.choices("denoiser"):
+        with suppress(CheckpointError):  # none yet, or removed since it was listed
+            variant = variant_in(component_path(paths.path_of("denoiser", name), "denoiser"))
+            found |= {} if variant is None else {name: variant}
+    return found
 
 
 def _covered(choice: Choice) -> str:

@@ -11,7 +11,6 @@ import asyncio
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any
 from urllib.parse import urlsplit
 
 from aiohttp import web
@@ -20,6 +19,7 @@ from server import PromptServer
 from ...lens_core.config import PLACEMENTS
 from ...lens_core.errors import CheckpointError, LensError, SettingError
 from ...lens_core.loading import DTYPES
+from ...lens_core.memory.verdict import Verdict
 from ...lens_core.needs import Picture
 from ...lens_core.quant.policy import CHOICES, NONE
 from . import budget, paths
@@ -61,6 +61,8 @@ async def _memory(request: web.Request) -> web.Response:
         found = await asyncio.to_thread(_verdict, choice)
     except CheckpointError as error:
         return _refused(404, str(error))
+    except OSError:
+        return _refused(404, "The file has gone, or cannot be read. Press R, and choose another.")
     except LensError as error:
         return _refused(422, str(error))
     return web.json_response(asdict(found))
@@ -145,7 +147,7 @@ def why_not_ours(headers: Mapping[str, str]) -> str | None:
     return None if own else "The request's Origin is not this server. Use ComfyUI's own page."
 
 
-def _verdict(choice: budget.Choice) -> Any:
+def _verdict(choice: budget.Choice) -> Verdict:
     for component, name in (("denoiser", choice.model), ("encoder", choice.encoder)):
         if name and (name == NONE_YET or name not in paths.choices(component)):
             raise CheckpointError(

@@ -47,6 +47,11 @@ def wait_for(page: LensPage, node_type: str, part: str) -> dict[str, str]:
     return by_node(page, node_type)
 
 
+def ask_again(page: LensPage) -> None:
+    """As when the tab is looked at again: answers so far are forgotten."""
+    page.page.evaluate("() => document.dispatchEvent(new Event('visibilitychange'))")
+
+
 def test_the_badge_follows_the_choices(page: LensPage):
     page.load(WORKFLOW)
     page.use_tiny_models()
@@ -82,12 +87,13 @@ def test_too_little_is_said_in_words_and_colour(page: LensPage):
     try:
         page.load(WORKFLOW)
         page.use_tiny_models()
-        page.page.evaluate("() => document.dispatchEvent(new Event('visibilitychange'))")
+        ask_again(page)
         red = wait_for(page, "LensModelLoader", "With quantization uint4_sdnq")
         assert red == {"text": RED["line"], "title": "\n".join(RED["details"]), "level": "red"}
         page.screenshot(f"badge-red-{page.renderer}")
     finally:
         page.page.unroute("**/lens/memory?*")
+        ask_again(page)
 
 
 @one_renderer
@@ -111,8 +117,12 @@ def test_nothing_is_asked_while_a_picture_is_drawn(page: LensPage):
 def test_nodes_tell_what_they_do(page: LensPage):
     page.load(WORKFLOW)
     page.use_tiny_models()
+    # Another picture in each renderer: the server would not draw the same one twice.
+    page.set_widgets("LensSampler", seed=len(page.renderer))
+    page.set_widgets("LensTextEncode", prompt=f"a red circle in {page.renderer}")
     run = page.run()
     assert run.status == "success", run.error
+    assert any(line.startswith("Encoding: layer ") for line in run.texts), run.texts
     assert any(line.startswith("Step 1/") for line in run.texts)
     last = re.compile(r"256x256, \d+ steps?, \d+\.\d s")
     assert any(last.fullmatch(line) for line in run.texts), run.texts
