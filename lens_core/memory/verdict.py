@@ -42,8 +42,9 @@ def whole(parts: Components) -> int:
     return _leaving(parts, len(parts.encoder.layers), len(parts.denoiser.layers)).peak(parts)
 
 
-def judge(parts: Components, device: Device, advice: Sequence[str] = ()) -> Verdict:
-    """What to say of models on a device; ``advice`` is what to choose where they are too large."""
+def judge(parts: Components, device: Device, covered: str, advice: Sequence[str] = ()) -> Verdict:
+    """What to say of models on a device: what its figures have ``covered``, and ``advice`` where they are
+    too large."""
     everything = Plan(len(parts.encoder.layers), len(parts.denoiser.layers), True, True, True).peak(parts)
     needed, least = whole(parts), _leaving(parts, 0, 0).peak(parts)
     if device.is_cpu:
@@ -61,7 +62,7 @@ def judge(parts: Components, device: Device, advice: Sequence[str] = ()) -> Verd
         ]
     words = _words(level, device.is_cpu)
     details += [] if level == GREEN else list(advice)
-    return Verdict(level, needed, least, f"{_SIGNS[level]} {line}{words}", tuple(details))
+    return Verdict(level, needed, least, f"{_SIGNS[level]} {line}{words}", (covered, *details))
 
 
 def _leaving(parts: Components, encoder: int, denoiser: int) -> Plan:

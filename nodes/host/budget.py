@@ -64,7 +64,8 @@ def verdict(choice: Choice) -> Verdict:
         encoder = _encoder(path, stamp, placement, choice.dense, choice.picture, device)
     parts = Components(encoder, denoiser(choice.quantization), NOTHING)
     smaller = {} if is_cpu or choice.quantization != NONE else {name: denoiser(name) for name in _LIGHTER}
-    return judge(parts, machine, _advice(choice, lighter(parts, smaller, machine.free), is_cpu))
+    advice = _advice(choice, lighter(parts, smaller, machine.free), is_cpu)
+    return judge(parts, machine, _covered(choice), advice)
 
 
 def variants() -> dict[str, Variant]:
@@ -76,6 +77,14 @@ def variants() -> dict[str, Variant]:
 
 def _device() -> torch.device:
     return comfy.model_management.get_torch_device()
+
+
+def _covered(choice: Choice) -> str:
+    """What the figures are of."""
+    picture = choice.picture
+    models = "the text encoder and the denoiser" if choice.encoder else "the denoiser"
+    size = f"{picture.batch} x {picture.width}x{picture.height}"
+    return f"For {size}: {models}; without the VAE and other programs."
 
 
 def _advice(choice: Choice, quantization: str | None, is_cpu: bool) -> list[str]:

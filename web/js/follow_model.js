@@ -64,7 +64,7 @@ function sigmasOf(node) {
 }
 
 /** The subgraph nodes whose inside this graph is. */
-function hostsOf(graph) {
+export function hostsOf(graph) {
   const everywhere = [app.rootGraph, ...app.rootGraph.subgraphs.values()];
   return everywhere.flatMap((each) => each.nodes.filter((node) => node.subgraph === graph));
 }
