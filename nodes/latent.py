@@ -34,7 +34,14 @@ class LensEmptyLatent(io.ComfyNode):
             display_name="Lens Empty Latent",
             category="Lens/latent",
             description="An empty latent in one of the sizes that Lens was made for.",
-            search_aliases=["microsoft lens", "resolution", "aspect ratio", "size", "bucket"],
+            search_aliases=[
+                "microsoft lens",
+                "text to image",
+                "resolution",
+                "aspect ratio",
+                "size",
+                "bucket",
+            ],
             inputs=[
                 _base_resolution(),
                 io.Combo.Input(

@@ -20,30 +20,31 @@ def toast_with(page: LensPage, text: str):
 
 def add(page: LensPage, node_type: str) -> str:
     return page.page.evaluate(
-        """(type) => { const node = LiteGraph.createNode(type); node.pos = [300, 200]; app.rootGraph.add(node);
-             return String(node.id) }""",
+        """(type) => { const node = LiteGraph.createNode(type); node.pos = [300, 200];
+             app.rootGraph.add(node);
+             return String(node.id); }""",
         node_type,
     )
 
 
 def test_a_refused_choice_is_said_once_and_its_help_opens(page: LensPage) -> None:
     page.page.evaluate(
-        """() => { const [loader, save] = ["LensModelLoader", "LensSaveModel"].map(
+        """() => { const [loader, save] = ["LensVAELoader", "VAESave"].map(
              (type) => { const node = LiteGraph.createNode(type); app.rootGraph.add(node); return node });
            loader.pos = [100, 200]; save.pos = [600, 200];
            loader.widgets[0].value = "no such file.safetensors";
-           loader.connect(0, save, "model"); }"""
+           loader.connect(0, save, "vae"); }"""
     )
     page.fit()
     assert page.run().status == "rejected"
-    toast = toast_with(page, "There is no denoiser 'no such file.safetensors'")
+    toast = toast_with(page, "There is no vae 'no such file.safetensors'")
     assert toast.count() == 1
-    assert "Lens Model Loader" in toast.inner_text()
-    assert "model_name - " not in toast.inner_text()
-    toast.get_by_role("button", name="Help for Lens Model Loader").click()
+    assert "Lens VAE Loader" in toast.inner_text()
+    assert "vae_name - " not in toast.inner_text()
+    toast.get_by_role("button", name="Help for Lens VAE Loader").click()
     toast.wait_for(state="detached")
     assert page.page.evaluate("() => [...app.canvas.selectedItems].map((node) => node.type)") == [
-        "LensModelLoader"
+        "LensVAELoader"
     ]
     page.page.locator(".node-help-content").wait_for()
 
@@ -51,13 +52,28 @@ def test_a_refused_choice_is_said_once_and_its_help_opens(page: LensPage) -> Non
 @one_renderer
 def test_an_error_while_running_is_said_in_its_own_words(page: LensPage) -> None:
     node = add(page, "LensSampler")
-    detail = {
-        "node_id": node,
-        "node_type": "LensSampler",
-        "exception_type": "pack.lens_core.errors.SizeError",
-    }
+    detail = {"node_id": node, "node_type": "LensSampler", "exception_type": "lens_core.errors.SizeError"}
     page.page.evaluate(ERROR, detail | {"exception_message": "1000x1000 pixels: both sides.\n"})
     assert "1000x1000 pixels: both sides." in toast_with(page, "Lens Sampler").inner_text()
+
+
+def test_the_help_of_a_node_in_a_subgraph_opens_there(page: LensPage) -> None:
+    add(page, "LensSampler")
+    host, inner = page.page.evaluate(
+        """() => { app.canvas.selectItems(app.rootGraph.nodes);
+             app.rootGraph.convertToSubgraph(app.canvas.selectedItems);
+             const [host] = app.rootGraph.nodes;
+             return [host.id, host.subgraph.nodes[0].id]; }"""
+    )
+    detail = {
+        "node_id": f"{host}:{inner}",
+        "node_type": "LensSampler",
+        "exception_type": "lens_core.errors.E",
+    }
+    page.page.evaluate(ERROR, detail | {"exception_message": "Not so."})
+    toast_with(page, "Not so.").get_by_role("button", name="Help for Lens Sampler").click()
+    page.page.locator(".node-help-content").wait_for()
+    assert page.page.evaluate("() => app.canvas.graph === app.rootGraph.nodes[0].subgraph")
 
 
 @one_renderer

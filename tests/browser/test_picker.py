@@ -12,7 +12,8 @@ TYPE = "LensEmptyLatent"
 
 def add(page: LensPage) -> None:
     page.page.evaluate(
-        """(type) => { const node = LiteGraph.createNode(type); node.pos = [200, 200]; app.rootGraph.add(node);
+        """(type) => { const node = LiteGraph.createNode(type); node.pos = [200, 200];
+             app.rootGraph.add(node);
              app.extensionManager.workflow.activeWorkflow.changeTracker.captureCanvasState(); }""",
         TYPE,
     )
@@ -36,13 +37,13 @@ def test_every_shape_is_drawn_to_scale_with_its_size(page: LensPage) -> None:
     assert [ratio for ratio, *_ in shown] == list(ASPECT_RATIOS)
     for ratio, size, shape in shown:
         height, width = BUCKETS[1440][ratio]
-        assert size == f"{width}×{height}"
+        assert size == f"{width}\N{MULTIPLICATION SIGN}{height}"
         assert shape == pytest.approx(width / height, rel=1e-4)  # CSS keeps six digits
 
 
 def test_a_click_sets_the_combo_and_undo_the_picker(page: LensPage) -> None:
     add(page)
-    page.page.get_by_role("radio", name="16:9, 1376 × 768 pixels").click()
+    page.page.get_by_role("radio", name="16:9, 1376 \N{MULTIPLICATION SIGN} 768 pixels").click()
     assert (page.widget(TYPE, "aspect_ratio"), chosen(page)) == ("16:9", ["16:9"])
     page.command("Comfy.Undo")
     page.page.locator(".lens-aspect [aria-checked=true]", has_text="1:1").wait_for()
@@ -86,3 +87,11 @@ def test_a_wired_ratio_is_nobodys_to_choose(page: LensPage) -> None:
     assert page.page.locator(".lens-aspect button:disabled").count() == len(ASPECT_RATIOS)
     page.page.evaluate("() => app.rootGraph.nodes[0].disconnectInput('aspect_ratio')")
     assert chosen(page) == ["1:1"]
+
+
+def test_the_wheel_zooms_over_it_as_elsewhere(page: LensPage) -> None:
+    add(page)
+    page.page.locator(".lens-aspect").hover()
+    scale = page.page.evaluate("() => app.canvas.ds.scale")
+    page.page.mouse.wheel(0, 200)
+    page.page.wait_for_function("(scale) => app.canvas.ds.scale < scale", arg=scale)

@@ -1,11 +1,12 @@
 /**
  * The nine shapes of LensEmptyLatent, drawn to scale, to click or to choose with the arrow keys.
  *
- * The combo aspect_ratio stays the value: the picker shows it and sets it, and is neither in the prompt nor in
- * the saved file. The sizes come with the node's description, so that there is one table of them.
+ * The combo aspect_ratio stays the value: the picker shows it and sets it, and is neither in the prompt nor
+ * in the saved file. The sizes come with the node's description, so that there is one table of them.
  */
 import { app } from "../../../scripts/app.js";
-import { addStyle, after, asOneStep, inputOf, isWired, replaceWhenRemade, setWidget, widgetOf } from "./host.js";
+import { addStyle, after, asOneStep, inputOf, isWired, replaceWhenRemade } from "./host.js";
+import { setWidget, widgetOf, zoomThrough } from "./host.js";
 
 const NODE = "LensEmptyLatent";
 const LONGEST_SIDE = 30;
@@ -27,6 +28,7 @@ class AspectPicker {
     this.buttons = new Map(Object.keys(Object.values(sizes)[0]).map((ratio) => [ratio, this.#button(ratio)]));
     this.element.append(...this.buttons.values());
     this.element.addEventListener("keydown", (event) => this.#onKey(event));
+    zoomThrough(this.element);
     this.show();
   }
 
@@ -42,13 +44,15 @@ class AspectPicker {
 
   /** Draw what the node's values are now. */
   show() {
-    const [ratioWired, baseWired] = ["aspect_ratio", "base_resolution"].map((name) => isWired(this.node, name));
+    const ratioWired = isWired(this.node, "aspect_ratio");
+    const baseWired = isWired(this.node, "base_resolution");
     const shapes = this.sizes[this.base.value] ?? Object.values(this.sizes)[0];
     const longest = Math.max(...Object.values(shapes).flat());
     this.element.setAttribute("aria-label", this.ratio.label ?? this.ratio.name);
     this.element.setAttribute("aria-disabled", String(ratioWired));
     this.element.title = ratioWired ? "aspect_ratio comes from its connection." : "";
-    const focusable = this.buttons.has(this.ratio.value) ? this.ratio.value : this.buttons.keys().next().value;
+    const [first] = this.buttons.keys();
+    const focusable = this.buttons.has(this.ratio.value) ? this.ratio.value : first;
     for (const [ratio, button] of this.buttons) {
       const [width, height] = shapes[ratio];
       const box = button.querySelector("i");

@@ -54,7 +54,8 @@ function nodeAt(id) {
 }
 
 function onError({ detail }) {
-  if (isOurs(detail.node_type) || isOwnError(detail)) show(detail.node_type, detail.node_id, sentence(detail));
+  const { node_type: type, node_id: id } = detail;
+  if (isOurs(type) || isOwnError(detail)) show(type, id, sentence(detail));
 }
 
 /**

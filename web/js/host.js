@@ -74,8 +74,8 @@ export function after(owner, name, then) {
 }
 
 /**
- * Undo and reload make every node anew, and Nodes 2.0 goes on showing the old node's element where the new one
- * has its id: put the new one's there.
+ * Undo and reload make every node anew, and Nodes 2.0 goes on showing the old node's element where the new
+ * one has its id: put the new one's there.
  * @param {Object} widget of addDOMWidget
  */
 export function replaceWhenRemade(node, widget) {
@@ -91,6 +91,19 @@ export function replaceWhenRemade(node, widget) {
       if (focused) element.querySelector("[tabindex='0']")?.focus();
     });
   });
+}
+
+/**
+ * The classic canvas gets no wheel over an element of a node; have it zoom there as Nodes 2.0 does.
+ * @param {HTMLElement} element
+ */
+export function zoomThrough(element) {
+  const zoom = (event) => {
+    if (window.LiteGraph.vueNodesMode) return;
+    event.preventDefault();
+    app.canvas.processMouseWheel(event);
+  };
+  element.addEventListener("wheel", zoom, { passive: false });
 }
 
 /** Set a widget as a person does: other extensions hear of it. */

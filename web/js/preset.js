@@ -1,6 +1,7 @@
 /**
  * Choosing a checkpoint sets the steps and cfg that it was published with, in samplers that get their model
- * from the loader; those that are wired to the loader's outputs follow anyway. Lens.FollowPreset turns it off.
+ * from the loader; those that are wired to the loader's outputs follow anyway. Lens.FollowPreset turns it
+ * off.
  */
 import { app } from "../../../scripts/app.js";
 import { after, ask, asOneStep, isOurs, setting, setWidget, toast, widgetOf } from "./host.js";

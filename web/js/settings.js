@@ -42,7 +42,8 @@ const SETTINGS = [
     id: "Lens.ReasonerEndpoint",
     category: ["Lens", "New nodes", "Reasoner's server"],
     name: "Reasoner's server",
-    tooltip: "api_url of new LensReasonerAPI nodes, such as http://127.0.0.1:8080/v1. The key stays in OPENAI_API_KEY.",
+    tooltip:
+      "api_url of new LensReasonerAPI nodes, such as http://127.0.0.1:8080/v1. The key stays in OPENAI_API_KEY.",
     type: "text",
     defaultValue: "",
   },
@@ -71,7 +72,8 @@ const SETTINGS = [
     id: "Lens.FollowPreset",
     category: ["Lens", "Checkpoints", "Preset"],
     name: "A chosen checkpoint sets steps and cfg",
-    tooltip: "In the samplers that get their model from the loader, where nothing is connected to steps and cfg.",
+    tooltip:
+      "In the samplers that get their model from the loader, where nothing is connected to steps and cfg.",
     type: "boolean",
     defaultValue: true,
   },
