@@ -24,12 +24,14 @@ class ComfyServer:
     """ComfyUI with its own base folder, so that its checkout is never written to; on the CPU unless
     ``arguments`` for its main.py say otherwise.
 
-    ``base`` gets custom_nodes (a link to the pack), input, output, temp and user; ``models`` becomes
-    its models folder. Use it as a context manager.
+    ``base`` gets custom_nodes (a link to the pack, named ``folder``), input, output, temp and user;
+    ``models`` becomes its models folder. Use it as a context manager.
     """
 
-    def __init__(self, base: Path, models: Path, arguments: Sequence[str] = ("--cpu",)) -> None:
-        self.base, self.models, self.arguments = base, models, arguments
+    def __init__(
+        self, base: Path, models: Path, arguments: Sequence[str] = ("--cpu",), folder: str = "ComfyUI-Lens"
+    ) -> None:
+        self.base, self.models, self.arguments, self.folder = base, models, arguments, folder
         self.comfyui = Path(os.environ["COMFYUI_PATH"])
         self.port = _free_port()
         self.url = f"http://127.0.0.1:{self.port}"
@@ -41,7 +43,7 @@ class ComfyServer:
             (self.base / name).mkdir(parents=True, exist_ok=True)
         for kind in ("diffusion_models", "text_encoders", "vae", "loras"):
             (self.models / kind).mkdir(parents=True, exist_ok=True)
-        for link, target in (("models", self.models), ("custom_nodes/ComfyUI-Lens", PACK)):
+        for link, target in (("models", self.models), (f"custom_nodes/{self.folder}", PACK)):
             if not (self.base / link).is_symlink():  # it is there where a server has run before
                 (self.base / link).symlink_to(target, target_is_directory=True)
         command = [sys.executable, "main.py", "--port", str(self.port), "--listen", "127.0.0.1"]
