@@ -57,6 +57,7 @@ def test_an_error_while_running_is_said_in_its_own_words(page: LensPage) -> None
     assert "1000x1000 pixels: both sides." in toast_with(page, "Lens Sampler").inner_text()
 
 
+@one_renderer
 def test_the_help_of_a_node_in_a_subgraph_opens_there(page: LensPage) -> None:
     add(page, "LensSampler")
     host, inner = page.page.evaluate(
@@ -74,6 +75,7 @@ def test_the_help_of_a_node_in_a_subgraph_opens_there(page: LensPage) -> None:
     toast_with(page, "Not so.").get_by_role("button", name="Help for Lens Sampler").click()
     page.page.locator(".node-help-content").wait_for()
     assert page.page.evaluate("() => app.canvas.graph === app.rootGraph.nodes[0].subgraph")
+    page.command("Comfy.Graph.ExitSubgraph")
 
 
 @one_renderer
