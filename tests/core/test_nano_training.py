@@ -11,6 +11,8 @@ import torch
 from lens_core.denoiser import LensDenoiser
 from lens_core.encoder import GptOssEncoder
 from lens_core.encoder.features import encode_prompts
+from lens_core.quant.layer_format import affine4
+from lens_core.quant.linear import dequantize, quantize
 from lens_core.sampling import euler, norm_rescaled_guidance, sigmas
 from lens_core.tiny import models
 from tests.compare import relative_l2
@@ -215,3 +217,22 @@ def test_each_of_the_last_tokens_tells_its_own_part(back: int):
         assert before.shape[:2] == (4, 3)
         assert torch.equal(before, kept if index in mine else changed)
         assert not torch.equal(before, changed if index in mine else kept)
+
+
+def test_in_four_bits_parameters_are_rounded_and_masters_are_not():
+    """A matrix of whole groups as the product's 4 bits hold it, in half of the steps; another never."""
+    torch.manual_seed(0)
+    whole, odd = (torch.nn.Linear(size, 8, bias=False).bfloat16().weight for size in (128, 100))
+    masters = Masters([whole, odd], rounded=[whole, odd], four_bits=0.5)
+    in_four = []
+    for _ in range(40):
+        masters.rate.fill_(1e-3)
+        for parameter in (whole, odd):
+            parameter.grad = torch.randn_like(parameter)
+        masters.step()
+        held = dequantize(quantize(masters.values[0], affine4), torch.bfloat16)
+        in_four.append(torch.equal(whole, held))
+        assert in_four[-1] or torch.equal(whole, masters.values[0].bfloat16())
+        assert torch.equal(odd, masters.values[1].bfloat16())
+    # Of 40 by chance with 1/2: fewer than 8 or more than 32 once in 10,000 seeds.
+    assert 8 <= sum(in_four) <= 32

@@ -28,7 +28,17 @@ from .export import export
 from .feed import batches
 from .models import Models, clear
 from .scenes import SIZES, Size
-from .training import Clock, Curves, Masters, Recorded, clock_flags, rate_at, run_flags, save_checkpoint
+from .training import (
+    Clock,
+    Curves,
+    Masters,
+    Recorded,
+    clock_flags,
+    four_bits_flag,
+    rate_at,
+    run_flags,
+    save_checkpoint,
+)
 
 NAMES = ("step 1", "step 2", "step 3", "step 4", "gradient")
 STEPS = LENS_TURBO.steps
@@ -120,7 +130,7 @@ def distil(args: argparse.Namespace) -> bool:
     models.denoiser.load_state_dict(torch.load(args.out / "trained.pt", map_location=device))
     student = TrainedDenoiser(DENOISER).to(device, torch.bfloat16)
     student.load_state_dict(models.denoiser.state_dict())
-    masters = Masters(student.parameters(), average_over=300)
+    masters = Masters(student.parameters(), 300, rounded=student.hidden(), four_bits=args.four_bits)
     teacher, walker = models.denoiser.requires_grad_(False), twin(student)
     path, first = args.out / "distill_resume.pt", 0
     if path.exists():
@@ -159,6 +169,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     run_flags(parser, "folder of the run, trained", steps=4000, batch=256, rate=1e-3, workers=12)
     clock_flags(parser)
+    four_bits_flag(parser)
     parser.add_argument("--parts", type=int, default=5, help="the teacher's steps in one of the student's")
     parser.add_argument("--scale", type=float, default=GUIDANCE, help="the teacher's guidance")
     args = parser.parse_args()

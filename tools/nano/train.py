@@ -19,7 +19,17 @@ from .flow import NAMES, FlowStep
 from .models import Models, write
 from .pool import Pool
 from .scenes import SIZES
-from .training import Clock, Curves, Masters, Recorded, clock_flags, rate_at, run_flags, save_checkpoint
+from .training import (
+    Clock,
+    Curves,
+    Masters,
+    Recorded,
+    clock_flags,
+    four_bits_flag,
+    rate_at,
+    run_flags,
+    save_checkpoint,
+)
 
 # Pictures that are drawn together.
 _NEW = 256
@@ -34,7 +44,10 @@ class Training:
         denoiser = self.models.denoiser
         if args.begin is not None:
             denoiser.load_state_dict(torch.load(args.begin, map_location=args.device))
-        self.masters = Masters(denoiser.parameters(), average_over=2000, hidden=denoiser.hidden())
+        hidden = list(denoiser.hidden())
+        self.masters = Masters(
+            denoiser.parameters(), 2000, hidden=hidden, rounded=hidden, four_bits=args.four_bits
+        )
         self.path, self.curves = args.out / "train_resume.pt", Curves(args.out / "train.json")
         if self.path.exists():
             kept = torch.load(self.path, map_location=args.device)
@@ -92,6 +105,7 @@ def main() -> None:
         workers=12,
     )
     clock_flags(parser)
+    four_bits_flag(parser)
     parser.add_argument("--begin", type=Path, help="weights to begin with: an earlier run's trained.pt")
     parser.add_argument("--keep", type=int, default=5000, help="steps between checkpoints")
     parser.add_argument("--pool", type=int, default=8192, help="pictures of each size that are kept")

@@ -13,6 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lens_core.quant.layer_format import affine4
+from lens_core.quant.linear import dequantize, quantize
+from lens_core.quant.policy import fits
+
 from .muon import Muon
 
 
@@ -35,11 +39,20 @@ def clock_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--finish", action="store_true", help="the training ends when the minutes do")
 
 
+def four_bits_flag(parser: argparse.ArgumentParser) -> None:
+    """That of ``Masters``."""
+    parser.add_argument(
+        "--four_bits", type=float, default=0.5, help="share of the steps with projections in 4 bits"
+    )
+
+
 class Masters:
     """fp32 copies of parameters with their optimisers, and their running average, which is what is exported.
 
-    Muon moves the ``hidden`` ones, matrices between two layers; AdamW all others. ``step`` is safe to record
-    into a CUDA graph; the learning rate is a tensor, so recorded steps follow it.
+    Muon moves the ``hidden`` ones, matrices between two layers; AdamW all others. In a share ``four_bits`` of
+    the steps the parameters of ``rounded`` are their masters in 4 bits, so that a model learns to be right in
+    both; gradients are taken as if they were not. ``step`` is safe to record into a CUDA graph; the learning
+    rate is a tensor, so recorded steps follow it.
     """
 
     def __init__(
@@ -48,6 +61,8 @@ class Masters:
         average_over: float = 500.0,
         decay: float = 0.01,
         hidden: Iterable[nn.Parameter] = (),
+        rounded: Iterable[nn.Parameter] = (),
+        four_bits: float = 0.0,
     ) -> None:
         self.parameters: list[Tensor] = list(parameters)
         device = self.parameters[0].device
@@ -57,6 +72,13 @@ class Masters:
         self.keep = 1 - 1 / average_over
         matrices = {id(parameter) for parameter in hidden}
         self._hidden = [index for index, p in enumerate(self.parameters) if id(p) in matrices]
+        in_four = {id(parameter) for parameter in rounded} if four_bits else set()
+        self._rounded = [
+            index
+            for index, p in enumerate(self.parameters)
+            if id(p) in in_four and fits((p.shape[0], p.shape[1]), affine4)
+        ]
+        self.four_bits = four_bits
         self._others = [index for index, p in enumerate(self.parameters) if id(p) not in matrices]
         self.muon = Muon([self.values[index] for index in self._hidden], self.rate, decay)
         on_gpu = device.type == "cuda"
@@ -83,11 +105,20 @@ class Masters:
         if self._hidden:
             self.muon.step([gradients[index] for index in self._hidden])
         torch._foreach_lerp_(self.average, self.values, 1 - self.keep)
-        with torch.no_grad():
-            torch._foreach_copy_(self.parameters, self.values)
+        self.show(self.values)
+        self._round()
         for parameter in self.parameters:
             parameter.grad = None
         return norm
+
+    @torch.no_grad()
+    def _round(self) -> None:
+        """By chance, all of ``rounded`` as the product's 4 bits hold them."""
+        now = torch.rand((), device=self.rate.device) < self.four_bits
+        for index in self._rounded:
+            parameter, value = self.parameters[index], self.values[index]
+            in_four = dequantize(quantize(value, affine4), parameter.dtype)
+            parameter.copy_(torch.where(now, in_four, parameter))
 
     def state(self) -> dict[str, Any]:
         """All that a later run needs to go on."""
