@@ -17,7 +17,14 @@ TEMPLATES = {
     "image_lens_turbo_t2i": ("lens_turbo_bf16.safetensors", 4, 1),
 }
 STOCK = {"UNETLoader", "CLIPLoader", "VAELoader", "CLIPTextEncode", "SamplerCustom", "VAEDecode", "CFGNorm"}
-OURS = ["LensEncoderLoader", "LensModelLoader", "LensSampler", "LensTextEncode", "LensVAEDecode", "LensVAELoader"]
+OURS = [
+    "LensEncoderLoader",
+    "LensModelLoader",
+    "LensSampler",
+    "LensTextEncode",
+    "LensVAEDecode",
+    "LensVAELoader",
+]
 
 
 def template(name: str) -> dict[str, Any]:

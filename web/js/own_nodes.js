@@ -203,7 +203,7 @@ class Wiring {
       properties: { cnr_id: "lenspack", "Node name for S&R": type, ...(models && { models }) },
       widgets_values: values,
     });
-    delete node.title;
+    for (const own of ["title", "color", "bgcolor"]) delete node[own]; // they spoke of the other node
   }
 
   /** Let what is linked to one node's input be linked to another's instead. */
