@@ -42,41 +42,43 @@ class DenoiserFile:
         self.stored = stored_layers(self.checkpoint, source, self.sizes)
 
     def mode(self, quantization: str, device: torch.device, free: int | None = None) -> str:
-        """What a choice means for this file on this device: itself, or for ``auto`` one that is logged with
-        its reason. Of a file that is quantised already, whether inputs are is all that can be chosen.
+        """What a choice means for this file on this device; the log has the reason where it means another.
 
         ``free``: bytes of GPU memory that there will be, where the caller knows better than the GPU.
         """
+        mode, why = self.meant(quantization, device, free)
+        if why:
+            log.log(logging.INFO if quantization == AUTO else logging.WARNING, "%s", why)
+        return mode
+
+    def meant(self, quantization: str, device: torch.device, free: int | None = None) -> tuple[str, str]:
+        """The same, and the reason, "" where it means itself. Of a file that is quantised already, whether
+        inputs are is all that can be chosen."""
         if quantization == NONE:
-            return NONE
+            return NONE, ""
         if self.stored:
-            return self._mode_as_stored(quantization)
+            return self._meant_as_stored(quantization)
         if quantization != AUTO:
-            return quantization
+            return quantization, ""
         steps = {
             name: rows * columns for name, (rows, columns) in self.sizes.items() if not is_modulation(name)
         }
         there, capability, name = _gpu(device)
         mode, why = policy.choose(steps, there if free is None else free, capability, name)
-        log.info("Quantisation: auto chose %s: %s.", mode, why)
-        return mode
+        return mode, f"Quantisation: auto chose {mode}: {why}."
 
-    def _mode_as_stored(self, quantization: str) -> str:
+    def _meant_as_stored(self, quantization: str) -> tuple[str, str]:
         if quantization == AUTO:
-            log.info("Quantisation: auto keeps %s as it is quantised.", self.checkpoint.name)
-            return NONE
+            return NONE, f"Quantisation: auto keeps {self.checkpoint.name} as it is quantised."
         wanted = MODES[quantization].form
         alike = [_alike(part.packed.form, wanted) for part in self.stored.values()]
         if all(alike) or (any(alike) and wanted.kind is not None):
-            return quantization
-        log.warning(
-            "%s is quantised already (%s), so its weights stay as they are; quantization %s is for files in "
-            "bf16 or fp32.",
-            self.checkpoint.name,
-            ", ".join(sorted({part.called for part in self.stored.values()})),
-            quantization,
+            return quantization, ""
+        called = ", ".join(sorted({part.called for part in self.stored.values()}))
+        return NONE, (
+            f"{self.checkpoint.name} is quantised already ({called}), so its weights stay as they are; "
+            f"quantization {quantization} is for files in bf16 or fp32."
         )
-        return NONE
 
     def load(
         self,

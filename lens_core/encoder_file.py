@@ -49,13 +49,14 @@ class EncoderFile:
         self.checkpoint: AnyCheckpoint = open_part(path, "encoder")
         self._opened = _stamps(self.checkpoint)
         self.layout = encoder_layout(self.checkpoint)
-        self._sizes = encoder_config(self.checkpoint, self.layout)
+        # What the header tells: all but the format that the banks are loaded as, for nvfp4 (see ``config``).
+        self.sizes = encoder_config(self.checkpoint, self.layout)
         plan_load(
-            GptOssEncoder(self._sizes, device="meta"),
+            GptOssEncoder(self.sizes, device="meta"),
             self.checkpoint,
             self.layout.table,
             unused=ENCODER_UNUSED,
-            parts=encoder_parts(self.layout, self._sizes),
+            parts=encoder_parts(self.layout, self.sizes),
         )
 
     @property
@@ -67,7 +68,7 @@ class EncoderFile:
     def config(self) -> EncoderConfig:
         """Sizes, and the format that the banks are loaded as. Of an nvfp4 file this reads every scale
         (1.2 GB of GPT-OSS-20B): banks that are MXFP4 in another dress are loaded as that."""
-        return settled(self.checkpoint, self.layout, self._sizes)
+        return settled(self.checkpoint, self.layout, self.sizes)
 
     @cached_property
     def identity(self) -> str:

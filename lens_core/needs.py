@@ -50,12 +50,13 @@ def largest_below(height: int, width: int, fits: Callable[[int, int], bool]) -> 
     return None
 
 
-def encoder_needs(text: TextEncoder, placement: str, tokens: int) -> Component:
-    """The encoder in one of ``config.PLACEMENTS``, for a prompt of so many tokens."""
-    sizes, working = tuple(text.layers.sizes), encoder_bytes(_TEMPLATE_TOKENS + tokens)
+def encoder_needs(sizes: tuple[int, ...], placement: str, tokens: int, *, dense: bool) -> Component:
+    """An encoder of layers with these ``sizes`` in one of ``config.PLACEMENTS``, for a prompt of so many
+    tokens; ``dense``: its experts are dequantised, which only resident layers' can be."""
+    working = encoder_bytes(_TEMPLATE_TOKENS + tokens)
     if placement == "cpu":
         return Component(())
-    if text.dense or placement == "gpu":  # all or nothing
+    if dense or placement == "gpu":  # all or nothing
         return Component((), sum(sizes), working)
     if placement == "stream":
         return Component((), 0, working + BUFFERS * max(sizes))
@@ -110,7 +111,7 @@ def picture_needs(
     """All three models for a picture that is computed on ``device``, by the denoiser in ``dtype``."""
     kernels = choose_block(device, dtype, denoiser.config.attention_head_dim)
     return Components(
-        encoder_needs(text, placement, picture.text_tokens),
+        encoder_needs(tuple(text.layers.sizes), placement, picture.text_tokens, dense=text.dense),
         denoiser_needs(
             {name: tensor.nbytes for name, tensor in denoiser.state_dict().items()},
             denoiser.config,

@@ -113,6 +113,12 @@ class TextEncoder:
         return feature_key(self.file.identity, precision, ids, CAPTURED_LAYERS)
 
 
+def layer_sizes(config: EncoderConfig, dtype: torch.dtype, dense: bool) -> tuple[int, ...]:
+    """Bytes of each layer on a GPU, as a TextEncoder of the same settings has them."""
+    size = _dense_size(config, dtype) if dense else Layout.of(_empty_layer(config)).size
+    return (size,) * config.num_hidden_layers
+
+
 # Functions of what they need, not methods: the layer store keeps them, and must not keep the encoder.
 def _empty_layer(config: EncoderConfig) -> GptOssLayer:
     return GptOssLayer(config, CastingOperations, dtype=torch.bfloat16, device="meta")

@@ -7,6 +7,7 @@ from .decode import LensVAEDecode
 from .doctor import LensDoctor
 from .encode import LensClearFeatureCache, LensTextEncode
 from .host.paths import register_folders
+from .host.routes import register_routes
 from .latent import LensEmptyLatent, LensImageToLatent
 from .load import LensEncoderLoader, LensModelLoader, LensVAELoader
 from .lora import LensLoraLoader
@@ -25,6 +26,7 @@ class LensExtension(ComfyExtension):
     async def on_load(self) -> None:
         """Once, before the nodes are listed."""
         register_folders()
+        register_routes()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """Every node of the pack."""

@@ -20,9 +20,10 @@ class LensVAEDecode(io.ComfyNode):
                 io.Latent.Input("latent", tooltip="From LensSampler or any sampler."),
                 io.Vae.Input("vae", tooltip="From LensVAELoader, or VAELoader with flux2-vae."),
             ],
+            hidden=[io.Hidden.unique_id],
             outputs=[io.Image.Output(display_name="IMAGE", tooltip="For SaveImage or PreviewImage.")],
         )
 
     @classmethod
     def execute(cls, latent, vae) -> io.NodeOutput:
-        return io.NodeOutput(decode(latent, vae))
+        return io.NodeOutput(decode(latent, vae, getattr(cls.hidden, "unique_id", None)))

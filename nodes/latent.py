@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from ..lens_core.sampling import ASPECT_RATIOS, BASE_RESOLUTIONS, FITS, bucket
+from ..lens_core.sampling import ASPECT_RATIOS, BASE_RESOLUTIONS, BUCKETS, FITS, bucket
 from .host.image import image_to_latent
 from .host.sampling import empty_latent
 
@@ -16,6 +16,14 @@ def _base_resolution() -> io.Input:
     )
 
 
+def _sizes() -> dict[str, dict[str, list[int]]]:
+    """[width, height] of every base and ratio, for the page's aspect picker."""
+    return {
+        str(base): {ratio: [width, height] for ratio, (height, width) in shapes.items()}
+        for base, shapes in BUCKETS.items()
+    }
+
+
 class LensEmptyLatent(io.ComfyNode):
     """Base resolution and aspect ratio -> LATENT and its size in pixels."""
 
@@ -26,7 +34,14 @@ class LensEmptyLatent(io.ComfyNode):
             display_name="Lens Empty Latent",
             category="Lens/latent",
             description="An empty latent in one of the sizes that Lens was made for.",
-            search_aliases=["microsoft lens", "resolution", "aspect ratio", "size", "bucket"],
+            search_aliases=[
+                "microsoft lens",
+                "text to image",
+                "resolution",
+                "aspect ratio",
+                "size",
+                "bucket",
+            ],
             inputs=[
                 _base_resolution(),
                 io.Combo.Input(
@@ -34,6 +49,7 @@ class LensEmptyLatent(io.ComfyNode):
                     options=list(ASPECT_RATIOS),
                     default="1:1",
                     tooltip="Width to height.",
+                    extra_dict={"lens_sizes": _sizes()},
                 ),
                 io.Int.Input("batch_size", default=1, min=1, max=64, tooltip="Pictures drawn at once."),
             ],

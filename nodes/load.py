@@ -8,6 +8,7 @@ from ..lens_core.quant.policy import CHOICES, NONE
 from .host import paths
 from .host.choice import check_choice
 from .host.clip import load_clip
+from .host.progress import say, telling
 from .host.settings import one_of
 from .host.shelf import hold, shelved_model
 from .host.vae import load_host_vae
@@ -61,6 +62,7 @@ class LensModelLoader(io.ComfyNode):
                     ),
                 ),
             ],
+            hidden=[io.Hidden.unique_id],
             outputs=[
                 io.Model.Output(display_name="MODEL", tooltip="For LensSampler or any sampler."),
                 io.Int.Output(display_name="steps", tooltip="20 for Lens, 4 for Turbo, 50 for Base."),
@@ -83,7 +85,13 @@ class LensModelLoader(io.ComfyNode):
     def execute(cls, model_name: str, dtype: str, quantization: str = NONE) -> io.NodeOutput:
         held = _DTYPES[one_of("dtype", dtype, _DTYPES)]
         mode = one_of("quantization", quantization, CHOICES)
-        model, variant = shelved_model(model_name, held, mode)
+        node_id = getattr(cls.hidden, "unique_id", None)
+        with telling(node_id):
+            model, variant = shelved_model(model_name, held, mode)
+        say(
+            f"{variant.name}: {variant.steps} steps, cfg {variant.cfg:g}. {model.model_size() / 1e9:.1f} GB",
+            node_id,
+        )
         return io.NodeOutput(model, variant.steps, variant.cfg)
 
 
@@ -137,8 +145,8 @@ class LensEncoderLoader(io.ComfyNode):
                     optional=True,
                     advanced=True,
                     tooltip=(
-                        "Keep each prompt's features on disk (user/__lens, 1 GB at most): a prompt seen "
-                        "before then needs no encoder, even after a restart."
+                        "Keep each prompt's features on disk (user/__lens, 1 GB unless the settings say "
+                        "otherwise): a prompt seen before then needs no encoder, even after a restart."
                     ),
                 ),
             ],

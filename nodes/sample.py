@@ -196,6 +196,7 @@ class LensSampler(io.ComfyNode):
                 ),
                 *_nag(),
             ],
+            hidden=[io.Hidden.unique_id],
             outputs=[io.Latent.Output(display_name="LATENT", tooltip="For LensVAEDecode.")],
         )
 
@@ -221,6 +222,7 @@ class LensSampler(io.ComfyNode):
     ) -> io.NodeOutput:
         settings = {"seed": seed, "steps": steps, "cfg": cfg, "noise": noise, "denoise": denoise}
         settings |= {"denoise_by": denoise_by, "custom_noise": custom_noise}
+        settings["node_id"] = getattr(cls.hidden, "unique_id", None)
         settings["guided"] = (guidance_start, guidance_end)
         settings["nag"] = NagOptions(nag_scale, nag_tau, nag_alpha)
         return io.NodeOutput(sample(model, positive, negative, latent, **settings))

@@ -122,9 +122,13 @@ class LensClipModel(nn.Module):
             features = no_features(self.transformer, len(CAPTURED_LAYERS), self.text.dtype)
         elif features is None:
             device = self.execution_device or torch.device("cpu")
-            (features,) = self.text.encode([ids], device, on_progress())
+            (features,) = self.text.encode([ids], device, on_progress(_encoding))
         result = features.flatten(2).to(comfy.model_management.intermediate_device())
         return result, None, {"num_layers_stacked": len(CAPTURED_LAYERS)}
+
+
+def _encoding(done: int, total: int) -> str:
+    return f"Encoding: layer {done}/{total}"
 
 
 def _ids(tokens: dict[str, list]) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ from ...lens_core.config import TEMPLATE_DATE
 from ...lens_core.errors import SettingError
 from ...lens_core.prompt.template import today
 from .clip import HostTokenizer
-from .progress import say
+from .progress import say, telling
 from .settings import one_of
 
 log = logging.getLogger(__name__)
@@ -54,11 +54,17 @@ def encode_pair(
         log.warning("The prompt is empty: the picture will follow no description.")
     options = {"extended": extended, "date": date}
     prompts = split_prompts(prompt, several)
-    say(report(clip, prompts, negative, **options), node_id)
-    encoded = [
-        clip.encode_from_tokens_scheduled(clip.tokenize(text, keep_empty=True, **options)) for text in prompts
-    ]
-    return as_batch(encoded), clip.encode_from_tokens_scheduled(clip.tokenize(negative, **options))
+    said = report(clip, prompts, negative, **options)
+    say(said, node_id)
+    with telling(node_id) as lines:
+        encoded = [
+            clip.encode_from_tokens_scheduled(clip.tokenize(text, keep_empty=True, **options))
+            for text in prompts
+        ]
+        avoided = clip.encode_from_tokens_scheduled(clip.tokenize(negative, **options))
+    if lines.told:
+        say(said, node_id)
+    return as_batch(encoded), avoided
 
 
 def as_batch(encoded: Sequence[list]) -> list:

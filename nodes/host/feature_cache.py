@@ -14,6 +14,11 @@ def feature_cache() -> FeatureCache:
     return FeatureCache(Path(folder_paths.get_system_user_directory("lens")) / "features")
 
 
+def free_features() -> int:
+    """Delete all kept features; returns the bytes freed."""
+    return feature_cache().clear()
+
+
 def clear_features() -> str:
-    """Delete all kept features; returns what was freed, in words."""
-    return f"{feature_cache().clear() / 1e6:.1f} MB of text features deleted."
+    """The same; returns what was freed, in words."""
+    return f"{free_features() / 1e6:.1f} MB of text features deleted."

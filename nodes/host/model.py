@@ -37,7 +37,7 @@ from ...lens_core.sampling import empirical_mu, norm_rescaled_guidance
 from ...lens_core.weights import variant_at
 from ...lens_core.weights.loader import AnyCheckpoint
 from .denoiser import GRAPHS, RUN, HostDenoiser
-from .progress import on_progress
+from .progress import loading, on_progress
 from .quantized import free_for_models, operations
 from .reader import host_reader
 from .recovery import CLOSE_OTHERS, sample_with_recovery, with_recovery
@@ -219,15 +219,13 @@ def load_model(
     variant = variant_at(file.path, file.checkpoint.metadata)
     management = comfy.model_management
     device, offload_device = management.get_torch_device(), management.unet_offload_device()
-    supported = LensModelConfig.supported_inference_dtypes
-    held = dtype or _dtype_for(file.checkpoint, device, supported)
-    cast = management.unet_manual_cast(held, device, supported)
-    if dtype != torch.float32 and (cast or held) == torch.float32 and _lacks_bfloat16(device):
+    held, computing = dtypes_for(file.checkpoint, dtype, device)
+    if dtype != torch.float32 and computing == torch.float32 and _lacks_bfloat16(device):
         _say_slow()
     mode = file.mode(quantization, device, free_for_models(device))
-    quantized = operations(cast or held) if file.stored or mode != NONE else None
+    quantized = operations(computing) if file.stored or mode != NONE else None
     model_config = LensModelConfig(file.config, variant, quantized)
-    model_config.set_inference_dtype(held, cast)
+    model_config.set_inference_dtype(held, None if computing == held else computing)
     model = with_recovery(
         lambda: _filled(file, model_config, mode, device),
         lambda: _filled(file, model_config, mode, torch.device("cpu")),
@@ -264,9 +262,18 @@ def _filled(
         structure=LensDenoiser(file.config, device="meta"),
         device=quantizing,
         read=host_reader(file.checkpoint),
-        on_tensor=on_progress(),
+        on_tensor=on_progress(loading(file.checkpoint)),
     )
     return model
+
+
+def dtypes_for(
+    checkpoint: AnyCheckpoint, dtype: torch.dtype | None, device: torch.device
+) -> tuple[torch.dtype, torch.dtype]:
+    """What weights are held in on ``device`` and what is computed in; ``dtype`` None: as ComfyUI chooses."""
+    supported = LensModelConfig.supported_inference_dtypes
+    held = dtype or _dtype_for(checkpoint, device, supported)
+    return held, comfy.model_management.unet_manual_cast(held, device, supported) or held
 
 
 def _dtype_for(checkpoint: AnyCheckpoint, device: torch.device, supported: list[torch.dtype]) -> torch.dtype:

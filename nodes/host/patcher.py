@@ -18,10 +18,14 @@ import comfy.model_patcher
 import torch
 
 from ...lens_core.errors import SettingError
-from .progress import on_progress
+from .progress import loading, on_progress
 
 log = logging.getLogger(__name__)
 _CPU = torch.device("cpu")
+
+
+def _to_gpu(done: int, total: int) -> str:
+    return f"Text encoder to the GPU: layer {done}/{total}"
 
 
 class EncoderPatcher(comfy.model_patcher.ModelPatcher):
@@ -63,7 +67,7 @@ class EncoderPatcher(comfy.model_patcher.ModelPatcher):
     ) -> None:
         """Make as many layers resident as ``lowvram_model_memory`` bytes hold; all if ``full_load``."""
         text, device = self.model.text, torch.device(device_to)
-        text.read(on_progress(), device)
+        text.read(on_progress(loading(text.file.checkpoint)), device)
         self.model.device = device
         self.model.on_cpu = device == _CPU
         if self.model.on_cpu:
@@ -71,7 +75,7 @@ class EncoderPatcher(comfy.model_patcher.ModelPatcher):
             return
         try:
             budget = self._budget(math.inf if full_load else lowvram_model_memory)
-            text.load(device, budget, on_progress())
+            text.load(device, budget, on_progress(_to_gpu))
         except BaseException:  # Cancel is one; nothing half loaded may stay that the host does not count
             self.unpatch_model(self.offload_device)
             raise

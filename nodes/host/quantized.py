@@ -156,8 +156,10 @@ def free_for_models(device: torch.device) -> int | None:
     management = comfy.model_management
     if device.type in ("cpu", "mps"):
         return None
-    loaded = (entry for entry in management.current_loaded_models if entry.device == device)
-    return management.get_free_memory(device) + sum(entry.model_loaded_memory() for entry in loaded)
+    # The page asks in a thread of its own, while models come and go.
+    loaded = [entry.model for entry in list(management.current_loaded_models) if entry.device == device]
+    sizes = (patcher.loaded_size() for patcher in loaded if patcher is not None)
+    return management.get_free_memory(device) + sum(sizes)
 
 
 def packed_of(weight: Any, form: LayerFormat) -> Packed:

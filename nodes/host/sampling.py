@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import comfy.model_management
@@ -20,6 +21,8 @@ from ...lens_core.sampling import BY_STEPS, check_size, partial_sigmas
 from .guider import IntervalGuider, PreviewGuider
 from .model import LensModel, require_lens, require_text, with_guidance
 from .noise import SeededNoise
+from .progress import say, tell, telling
+from .steps import Steps
 
 Latent = dict[str, Any]
 _CHANNELS = LATENT_CHANNELS[0]
@@ -107,9 +110,11 @@ def sample(
     guided: tuple[float, float] = (WHOLE.start, WHOLE.end),
     nag: NagOptions = NAG_OFF,
     custom_noise: Any = None,
+    node_id: str | None = None,
 ) -> Latent:
-    """Euler steps over Lens' schedule. ``noise`` is a kind of ``SeededNoise``; ``custom_noise``, a NOISE,
-    takes the place of it and of the seed. ``guided`` and ``nag`` are as in make_guider."""
+    """Euler steps over Lens' schedule, told on the node. ``noise`` is a kind of ``SeededNoise``;
+    ``custom_noise``, a NOISE, takes the place of it and of the seed. ``guided`` and ``nag`` are as in
+    make_guider."""
     guider = make_guider(model, positive, negative, cfg, guided, nag)
     sigmas = sigmas_for(latent, steps, denoise, denoise_by)
     samples = _samples_for(model, latent)
@@ -118,17 +123,21 @@ def sample(
     if not len(sigmas):
         return out
     source = SeededNoise(seed, noise) if custom_noise is None else custom_noise
-    result = guider.sample(
-        source.generate_noise(out),
-        samples,
-        comfy.samplers.sampler_object("euler"),
-        sigmas,
-        denoise_mask=latent.get("noise_mask"),
-        callback=latent_preview.prepare_callback(model, len(sigmas) - 1),
-        disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
-        seed=source.seed,
-    )
-    return {**out, "samples": result.to(comfy.model_management.intermediate_device())}
+    run = Steps(model.load_device)
+    with telling(node_id):
+        result = guider.sample(
+            source.generate_noise(out),
+            samples,
+            comfy.samplers.sampler_object("euler"),
+            sigmas,
+            denoise_mask=latent.get("noise_mask"),
+            callback=run.told(latent_preview.prepare_callback(model, len(sigmas) - 1)),
+            disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+            seed=source.seed,
+        )
+    out["samples"] = result.to(comfy.model_management.intermediate_device())
+    say(run.summary(out["samples"]), node_id)
+    return out
 
 
 def _samples_for(model, latent: Latent) -> Tensor:
@@ -154,7 +163,7 @@ def require_vae(vae: Any) -> None:
         )
 
 
-def decode(latent: Latent, vae) -> Tensor:
+def decode(latent: Latent, vae, node_id: str | None = None) -> Tensor:
     """Pictures [B, H, W, 3] of latents; a VAE with other latents is named before it is run."""
     require_vae(vae)
     samples = latent["samples"]
@@ -165,4 +174,10 @@ def decode(latent: Latent, vae) -> Tensor:
             f"Lens' latents have {_CHANNELS}, which FLUX.2's VAE decodes: use LensVAELoader, or "
             f"VAELoader with flux2-vae. Nano Lens' have {LATENT_CHANNELS[1]}: use the VAE in its folder."
         )
-    return vae.decode(samples)
+    began = time.monotonic()
+    with telling(node_id):
+        tell("Decoding")
+        images = vae.decode(samples)
+    height, width = images.shape[-3:-1]
+    say(f"{width}x{height}, {time.monotonic() - began:.1f} s", node_id)
+    return images

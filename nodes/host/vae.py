@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ...lens_core.config import PIXELS_PER_TOKEN
 from ...lens_core.loading import load_vae
-from .progress import on_progress
+from .progress import on_progress, on_strip
 from .recovery import CLOSE_OTHERS, with_recovery
 
 # Of a picture in strips the peak is known; the allocator takes up to so much more for it, in gaps.
@@ -65,7 +65,7 @@ class LensHostVAE(comfy.sd.VAE):
         self.model_size()
         self._may_tile = True
         # Cancel between strips of layers, as ComfyUI's own between layers: a CPU takes a while.
-        module.on_strip = _stop_if_cancelled
+        module.on_strip = on_strip
 
     def decode(self, samples_in: Tensor, vae_options: dict[str, Any] | None = None) -> Tensor:
         """As VAE's, but before a picture is decoded in tiles, whose colours differ from a whole one's, all
@@ -134,10 +134,6 @@ class LensHostVAE(comfy.sd.VAE):
         """Weights under diffusers' names, as VAESave writes them."""
         weights = super().get_sd()
         return {name.removeprefix("model."): value for name, value in weights.items()}
-
-
-def _stop_if_cancelled() -> None:
-    comfy.model_management.throw_exception_if_processing_interrupted()
 
 
 def _decode_bytes(

@@ -29,6 +29,7 @@ SETTINGS = {
     "Comfy.Release.Status": "skip",
     "Comfy.Release.Timestamp": 9999999999999,
     "Comfy.Locale": "en",
+    "LiteGraph.Canvas.MinFontSizeForLOD": 0,  # words in pictures of the whole graph
 }
 CHROMIUM_FLAGS = [
     "--no-sandbox",  # CI runs as root
@@ -54,9 +55,15 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def host(base: Path, tiny_models: Path) -> Iterator[ComfyServer]:
+def models(tmp_path_factory: pytest.TempPathFactory, tiny_models: Path) -> Path:
+    """A copy of the tiny models, which tests may add files to."""
+    return shutil.copytree(tiny_models, tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def host(base: Path, models: Path) -> Iterator[ComfyServer]:
     """A running server with the pack and the tiny models."""
-    with ComfyServer(base, tiny_models) as running:
+    with ComfyServer(base, models) as running:
         yield running
 
 
@@ -76,7 +83,7 @@ def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BrowserContex
             viewport={"width": 1600, "height": 950},
             locale="en-US",
         )
-        context.set_default_timeout(30_000)
+        context.set_default_timeout(20_000)
         yield context
         context.close()
 

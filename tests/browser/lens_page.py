@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import ConsoleMessage, Error, Page
+from playwright.sync_api import ConsoleMessage, Error, Locator, Page
 
 from scripts.comfy_server import ComfyServer
 from scripts.demo_run import TINY
@@ -54,14 +54,19 @@ class LensPage:
         self.page.close()
 
     def start_anew(self) -> None:
-        """An empty graph, no toasts, no dialogs, no selection and no errors noted."""
+        """One tab with an empty graph, no toasts, no dialogs, no selection and no errors noted."""
         self.page.keyboard.press("Escape")
         self.page.evaluate(
             """async () => {
-                 app.extensionManager.toast.removeAll();
+                 const {toast, workflow} = app.extensionManager;
+                 toast.removeAll();
+                 await app.extensionManager.setting.set("Comfy.RightSidePanel.IsOpen", false);
                  await app.loadGraphData({nodes: [], links: [], version: 0.4});
+                 for (const other of [...workflow.openWorkflows])
+                   if (other.path !== workflow.activeWorkflow.path) await workflow.closeWorkflow(other);
                }"""
         )
+        self.page.locator(".p-toast-message").first.wait_for(state="detached")  # they fade
         self._errors.clear()
 
     # Workflows
@@ -108,15 +113,18 @@ class LensPage:
         )
 
     def set_widgets(self, node_type: str, /, **values: Any) -> None:
-        """Set widgets of every node of a type, as a user's choice does; other types and names are left alone."""
+        """Set widgets of every node of a type, as a user's choice does; what is not there is left alone."""
         self.page.evaluate(
             f"""([type, values]) => {{ {EVERY_NODE}
               for (const node of everyNode(app.rootGraph).filter((node) => node.type === type))
-                for (const widget of node.widgets ?? [])
-                  if (widget.name in values) {{
-                    widget.value = values[widget.name];
-                    widget.callback?.(widget.value, app.canvas, node);
-                  }} }}""",
+                for (const widget of node.widgets ?? []) {{
+                  if (!(widget.name in values)) continue;
+                  const before = widget.value;
+                  widget.value = values[widget.name];
+                  widget.callback?.(widget.value, app.canvas, node);
+                  node.onWidgetChanged?.(widget.name, widget.value, before, widget);
+                }}
+              app.extensionManager.workflow.activeWorkflow.changeTracker.captureCanvasState() }}""",
             [node_type, values],
         )
 
@@ -175,34 +183,55 @@ class LensPage:
 
     # The page
 
-    def command(self, name: str) -> None:
-        """Run one of the page's commands, such as Comfy.Undo."""
-        self.page.evaluate("(name) => app.extensionManager.command.execute(name)", name)
+    def command(self, name: str, wait: bool = True) -> None:
+        """Run one of the page's commands, such as Comfy.Undo; do not wait for one that asks the user."""
+        result = self.page.evaluate_handle(
+            "(name) => ({done: app.extensionManager.command.execute(name)})", name
+        )
+        if wait:
+            result.evaluate("({done}) => done")
 
     def fit(self) -> None:
-        """Show the whole graph."""
-        self.page.evaluate("() => app.canvas.deselectAll()")
-        self.command("Comfy.Canvas.FitView")
-        self.page.wait_for_timeout(400)  # the view glides
+        """Show the whole graph. The page's own command glides there, for as long as the machine is busy."""
+        self.page.evaluate(
+            """() => {
+                 const {canvas} = app, boxes = canvas.graph.nodes.map((node) => node.getBounding());
+                 const left = Math.min(...boxes.map(([x]) => x));
+                 const top = Math.min(...boxes.map(([, y]) => y));
+                 const right = Math.max(...boxes.map(([x, , width]) => x + width));
+                 const bottom = Math.max(...boxes.map(([, y, , height]) => y + height));
+                 canvas.deselectAll();
+                 canvas.ds.fitToBounds([left, top, right - left, bottom - top], {zoom: 0.85});
+                 canvas.setDirty(true, true);
+                 return new Promise((drawn) => requestAnimationFrame(() => requestAnimationFrame(drawn)));
+               }"""
+        )
 
     def click_node(self, node_type: str) -> None:
         """Select the first node of a type by a click on its title."""
-        x, y = self.page.evaluate(
+        node, x, y = self.page.evaluate(
             """(type) => {
                  const {canvas} = app, {scale, offset} = canvas.ds;
-                 const {pos, size} = canvas.graph.nodes.find((node) => node.type === type);
+                 const {id, pos, size} = canvas.graph.nodes.find((node) => node.type === type);
                  const corner = canvas.canvas.getBoundingClientRect();
-                 return [corner.left + (pos[0] + size[0] / 2 + offset[0]) * scale,
+                 return [id, corner.left + (pos[0] + size[0] / 2 + offset[0]) * scale,
                          corner.top + (pos[1] - 15 + offset[1]) * scale];
                }""",
             node_type,
         )
-        self.page.mouse.click(x, y)
+        if self.renderer == "nodes2":
+            self.page.get_by_test_id(f"node-header-{node}").click()
+        else:
+            self.page.mouse.click(x, y)
 
     def open_help(self, node_type: str) -> None:
         """Open a node's help page as a user does: select it, then press the toolbox's ⓘ."""
         self.click_node(node_type)
         self.page.get_by_test_id("info-button").first.click()
+
+    def help_panel(self) -> Locator:
+        """What ``open_help`` opened."""
+        return self.page.locator(".node-help-content")
 
     def toasts(self) -> list[str]:
         """Texts of the toasts that are to be seen."""

@@ -38,7 +38,7 @@ def models(host, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 @pytest.fixture(autouse=True)
 def _no_kinds_remembered(host) -> Iterator[None]:
     yield
-    host.module("nodes.host.kinds")._components.cache_clear()
+    host.module("nodes.host.kinds")._kinds.cache_clear()
 
 
 def lists(host) -> dict[str, list[str]]:
