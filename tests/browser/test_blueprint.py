@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from scripts.demo_run import TINY
-from tests.browser.lens_page import LensPage, one_renderer
+from tests.browser.lens_page import LensPage
 
 TITLE = "Lens - text to image"
 PROMOTED = {
@@ -24,7 +24,6 @@ def test_it_is_dropped_from_the_node_library_and_draws(page: LensPage):
     page.page.wait_for_timeout(1000)
     page.screenshot("blueprint dropped")
     (widgets,) = page.page.evaluate("() => app.rootGraph.nodes.map((n) => n.widgets.map((w) => w.name))")
-    print(widgets, page.toasts())
     assert set(widgets) >= PROMOTED
     for values in TINY.values():
         page.set_promoted(**values)
@@ -36,5 +35,3 @@ def test_it_is_dropped_from_the_node_library_and_draws(page: LensPage):
     run = page.run()
     assert run.status == "success", run.error
     page.screenshot("blueprint drawn")
-    print(page.page.evaluate("() => app.rootGraph.nodes[0].widgets.map((w) => [w.name, w.value])"))
-    assert 0

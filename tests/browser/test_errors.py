@@ -51,7 +51,11 @@ def test_a_refused_choice_is_said_once_and_its_help_opens(page: LensPage) -> Non
 @one_renderer
 def test_an_error_while_running_is_said_in_its_own_words(page: LensPage) -> None:
     node = add(page, "LensSampler")
-    detail = {"node_id": node, "node_type": "LensSampler", "exception_type": "pack.lens_core.errors.SizeError"}
+    detail = {
+        "node_id": node,
+        "node_type": "LensSampler",
+        "exception_type": "pack.lens_core.errors.SizeError",
+    }
     page.page.evaluate(ERROR, detail | {"exception_message": "1000x1000 pixels: both sides.\n"})
     assert "1000x1000 pixels: both sides." in toast_with(page, "Lens Sampler").inner_text()
 
