@@ -81,6 +81,8 @@ def test_too_little_is_said_in_words_and_colour(page: LensPage):
     page.page.route("**/lens/memory?*", lambda route: route.fulfill(json=RED))
     try:
         page.load(WORKFLOW)
+        page.use_tiny_models()
+        page.page.evaluate("() => document.dispatchEvent(new Event('visibilitychange'))")
         red = wait_for(page, "LensModelLoader", "With quantization uint4_sdnq")
         assert red == {"text": RED["line"], "title": "\n".join(RED["details"]), "level": "red"}
         page.screenshot(f"badge-red-{page.renderer}")
@@ -111,7 +113,6 @@ def test_nodes_tell_what_they_do(page: LensPage):
     page.use_tiny_models()
     run = page.run()
     assert run.status == "success", run.error
-    assert any(re.fullmatch(r"(Loading, \d+ %|Loading \d/\d shards)", line) for line in run.texts)
     assert any(line.startswith("Step 1/") for line in run.texts)
     last = re.compile(r"256x256, \d+ steps?, \d+\.\d s")
     assert any(last.fullmatch(line) for line in run.texts), run.texts

@@ -7,7 +7,7 @@
  */
 import { app } from "../../../scripts/app.js";
 import { api } from "../../../scripts/api.js";
-import { addStyle, after, ask, inputOf, replaceWhenRemade } from "./host.js";
+import { addStyle, after, ask, choicesOf, inputOf, replaceWhenRemade } from "./host.js";
 import { decidingWidget } from "./follow_model.js";
 import { placeOf, producer } from "./upstream.js";
 
@@ -48,9 +48,16 @@ function valueOf(place, name) {
   return decidingWidget(place, name)?.widget.value;
 }
 
+/** A loader's file, if there is such a one; of others there is nothing to say. */
+function fileOf(place, name) {
+  const file = valueOf(place, name);
+  return choicesOf(place.node.comfyClass, name).includes(file) ? file : undefined;
+}
+
 /** @returns {Object<string, any> | null} */
 function queryOfLoader(place) {
-  const [model, dtype, quantization] = ["model_name", "dtype", "quantization"].map((name) => valueOf(place, name));
+  const model = fileOf(place, "model_name");
+  const [dtype, quantization] = ["dtype", "quantization"].map((name) => valueOf(place, name));
   return model && dtype && quantization ? { model, dtype, quantization } : null;
 }
 
@@ -65,7 +72,7 @@ function queryOfSampler(place) {
 function encoderOf(place) {
   const encode = producer(place, "positive", ["LensTextEncode", "CLIPTextEncode"]);
   const loader = encode && producer(encode, "clip", ["LensEncoderLoader"]);
-  const encoder = loader && valueOf(loader, "encoder_name");
+  const encoder = loader && fileOf(loader, "encoder_name");
   if (!encoder) return {};
   return { encoder, placement: valueOf(loader, "placement"), experts: valueOf(loader, "experts") };
 }
