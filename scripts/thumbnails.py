@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 FOLDER = PACK / "example_workflows"
 # The browser's window and the thumbnail, in pixels; the templates' list shows squares.
-_WINDOW = {"width": 1500, "height": 1100}
+_WINDOW = {"width": 1100, "height": 1100}
 _SIZE = (400, 400)
 _MARGIN = 30
 _SETTINGS = {
@@ -36,6 +36,7 @@ _SETTINGS = {
     "Comfy.Locale": "en",
     "Comfy.Minimap.Visible": False,
     "Comfy.VueNodes.Enabled": True,
+    "Comfy.ColorPalette": "light",  # in the list, which is dark, a dark graph is hardly seen
     "Comfy.NodeBadge.NodeSourceBadgeMode": "None",
 }
 # Fills the window with the graph; returns where it is, in pixels of the window.
@@ -60,8 +61,10 @@ def main(names: list[str]) -> None:
     paths = [FOLDER / f"{name}.json" for name in names] or sorted(FOLDER.glob("*.json"))
     base = Path(tempfile.mkdtemp(prefix="lens-thumbnails-"))
     write_everything(base / "models", seed=0)
+    (base / "comfy" / "input").mkdir(parents=True)
+    Image.linear_gradient("L").save(base / "comfy" / "input" / "example.png")
     settings = base / "comfy" / "user" / "default" / "comfy.settings.json"
-    settings.parent.mkdir(parents=True)
+    settings.parent.mkdir(parents=True, exist_ok=True)
     settings.write_text(json.dumps(_SETTINGS))
     with ComfyServer(base / "comfy", base / "models") as server, sync_playwright() as playwright:
         flags = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
