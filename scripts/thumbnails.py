@@ -76,6 +76,7 @@ def main(names: list[str]) -> None:
             ' && !document.querySelector("#splash-loader")'
         )
         page.evaluate('() => app.extensionManager.command.execute("Workspace.ToggleFocusMode")')
+        page.add_style_tag(content=".no-drag { visibility: hidden }")  # the button that ends this mode
         for path in paths:
             write_thumbnail(picture_of(page, path), path.with_suffix(".jpg"))
         browser.close()
