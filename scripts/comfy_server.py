@@ -25,14 +25,20 @@ class ComfyServer:
     ``arguments`` for its main.py say otherwise.
 
     ``base`` gets custom_nodes (a link to the pack, named ``folder``), input, output, temp and user;
-    ``models`` becomes its models folder. Use it as a context manager.
+    ``models`` becomes its models folder. ``comfyui`` is the checkout, COMFYUI_PATH by default. Use it as a
+    context manager.
     """
 
     def __init__(
-        self, base: Path, models: Path, arguments: Sequence[str] = ("--cpu",), folder: str = "ComfyUI-Lens"
+        self,
+        base: Path,
+        models: Path,
+        arguments: Sequence[str] = ("--cpu",),
+        folder: str = "ComfyUI-Lens",
+        comfyui: Path | None = None,
     ) -> None:
         self.base, self.models, self.arguments, self.folder = base, models, arguments, folder
-        self.comfyui = Path(os.environ["COMFYUI_PATH"])
+        self.comfyui = comfyui or Path(os.environ["COMFYUI_PATH"])
         self.port = _free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = base / "server.log"

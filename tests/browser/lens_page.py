@@ -128,6 +128,17 @@ class LensPage:
             [node_type, values],
         )
 
+    def set_promoted(self, **values: Any) -> None:
+        """Set widgets that the subgraph nodes of the root graph show, which hide those inside."""
+        self.page.evaluate(
+            """(values) => {
+                 for (const node of app.rootGraph.nodes.filter((node) => node.subgraph))
+                   for (const widget of node.widgets)
+                     if (widget.name in values) widget.value = values[widget.name];
+               }""",
+            values,
+        )
+
     def widget(self, node_type: str, name: str) -> Any:
         """A widget's value on the first node of a type."""
         return self.page.evaluate(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path, PurePosixPath
 
@@ -10,8 +9,8 @@ import pytest
 
 from lens_core.sources import BUNDLES, PUBLISHED, SOURCES, Published, known, published_as, workflow_model
 from lens_core.weights import variant_of
+from tests.workflow_files import WORKFLOWS, nodes_of
 
-WORKFLOWS = sorted((Path(__file__).parents[2] / "example_workflows").glob("*.json"))
 LOADERS = {"LensModelLoader": "denoiser", "LensEncoderLoader": "encoder", "LensVAELoader": "vae"}
 MIRRORS = [(key, mirror) for key, source in SOURCES.items() for mirror in source.mirrors]
 COMFYUI_FOLDERS = {"diffusion_models", "text_encoders", "vae", "lens"}
@@ -92,11 +91,7 @@ def test_the_source_that_gives_a_file_its_name(component: str, name: str, key: s
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
 def test_example_workflows_offer_the_links_of_the_table(path: Path):
-    loaders = {
-        node["type"]: node
-        for node in json.loads(path.read_text(encoding="utf-8"))["nodes"]
-        if node["type"] in LOADERS
-    }
+    loaders = {node["type"]: node for node in nodes_of(path) if node["type"] in LOADERS}
     assert loaders.keys() == LOADERS.keys()
     if path.stem.startswith("Lens nano"):
         # In the pack itself: the page must not offer a download.
