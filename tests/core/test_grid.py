@@ -25,8 +25,8 @@ def cells_of(sheet: torch.Tensor, pictures: torch.Tensor, size: tuple[int, int])
     gray, places = (sheet[0, ..., 0] * 255).round(), {}
     for number, picture in enumerate(pictures):
         its = gray == (picture[0, 0, 0] * 255).round()
-        top, left = (int((its.sum(axis) >= least).nonzero()[0]) for axis, least in zip((1, 0), size[::-1]))
         height, width = size
+        top, left = (int((its.sum(axis) >= least).nonzero()[0]) for axis, least in ((1, width), (0, height)))
         assert its[top : top + height, left : left + width].all(), "a label covers the picture"
         places[number] = top, left
     rows = sorted({y for y, _ in places.values()})
