@@ -71,7 +71,7 @@ def test_each_picture_is_the_samplers_bit_for_bit(host, tiny: Tiny, grid, loads:
     assert images.shape == (8, *SIZE, 3) and images.device.type == "cpu"
     lines = labels.splitlines()
     assert len(lines) == 8
-    for number in (1, 4, 7):
+    for number in (1, 6):
         name, prompt, seed = (TURBO, LENS)[number // 4], PROMPTS[number // 2 % 2], SEEDS[number % 2]
         assert torch.equal(images[number], drawn_alone(host, tiny, name, prompt, seed)[0])
         assert lines[number].startswith(name.removesuffix(".safetensors"))

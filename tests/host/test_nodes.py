@@ -323,6 +323,8 @@ def test_what_older_workflows_lack_is_optional(host):
         ("LensLoraLoader", "block_strengths"),
         ("LensSaveModel", "overwrite"),
         *(("LensDoctor", name) for name in ("model", "clip", "vae")),
+        *(("LensGrid", name) for name in ("model", "quantizations", "steps", "cfg", "columns")),
+        *(("LensGrid", f"checkpoint_{number}") for number in (1, 2, 3, 4)),
     }
     _, negative = host.run("LensTextEncode", clip=_EchoClip(), prompt="x")
     assert negative == "encoded ''"
