@@ -1,12 +1,12 @@
 """Whether nano Lens draws what a held-out prompt says: every mode of the selector, with and without guidance.
 
-    python benchmarks/nano.py [--out FOLDER] [--checkpoints FOLDER] [--prompts 512] [--device cuda]
+    python benchmarks/nano.py [--out FOLDER] [--checkpoints FOLDER] [--prompts 384] [--device cuda]
         [--variants lens lens-turbo] [--modes NAME ...] [--batch 128] [--no-ablations]
 
 A checker reads colours, shapes, counts, places and the word back from the pictures (tools/nano/checker.py).
 Each number is the share of the prompts that state a thing whose picture shows it. All rows draw the same
 prompts from the same noise, so that differences between rows are of what differs, not of chance; a share of
-512 is known to about 1 point at 95 %, to 2 at 75 %. ``all_linear_int4`` rounds the modulation too.
+384 is known to about 1 point at 95 %, to 2 at 75 %. ``all_linear_int4`` rounds the modulation too.
 
 Three mistakes are drawn as well, each of which other implementations make: the schedule with a constant shift
 (mu 1.15), guidance on the denoised picture with its norm clamped, the encoder's layers in the wrong order.
@@ -39,6 +39,7 @@ from lens_core.quant.policy import NONE
 from lens_core.sampling.schedule import shifted
 from tools.nano.captions import plain_caption
 from tools.nano.checker import judge, shares
+from tools.nano.configs import GUIDANCE
 from tools.nano.sample import Parts, draw
 from tools.nano.scenes import SIZES, Scene, sample_scene
 
@@ -54,8 +55,6 @@ MODES = (
     BAD,
 )
 KEYS = ("background", "colour", "shape", "count", "relation", "size", "text")
-# Nano's own: at Lens' 5 so small a model draws things twice. Without a mode that is shown too.
-GUIDANCE = 2.0
 Judge = Callable[[Sequence[Scene], Sequence[numpy.ndarray]], list[dict[str, bool]]]
 
 
@@ -176,7 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         default=ROOT / "checkpoints" / "nano",
         help="folder of lens and lens-turbo",
     )
-    parser.add_argument("--prompts", type=int, default=512)
+    parser.add_argument("--prompts", type=int, default=384)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--modes", nargs="+", default=list(MODES), help="beside none")

@@ -22,7 +22,7 @@ from .errors import CheckpointError, SettingError
 from .lora.merge import NO_LORAS, Merge
 from .quant.policy import MODES, NONE
 from .quantized import replace_linears
-from .weights import DENOISER, variant_at
+from .weights import DENOISER, variant_at, variant_metadata
 from .weights.identity import identity
 from .weights.loader import OnTensor, Part, Plan, Source, plan_load
 from .weights.quantized import UNUSED
@@ -133,7 +133,7 @@ def _metadata(file: DenoiserFile, mode: str, loras: Merge) -> dict[str, str]:
     return {
         **({"lens.loras": loras.metadata} if loras.metadata else {}),
         "format": "pt",
-        "lens.variant": variant_of_file(file).name,
+        **variant_metadata(variant_of_file(file)),
         "lens.quantization": mode,
         "lens.source": identity(file.checkpoint.paths),
     }

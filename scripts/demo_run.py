@@ -26,9 +26,7 @@ TINY = {
         "checkpoint_2": "lens_tiny_bf16.safetensors",
     },
 }
-# Beside the other examples once checkpoints/nano is there.
-NANO_WORKFLOW = PACK / "tools" / "nano" / "Lens nano - 256.json"
-NANO = PACK / "checkpoints" / "nano"
+NANO_WORKFLOW = PACK / "example_workflows" / "Lens nano - 256.json"
 
 
 class Failed(Exception):
@@ -42,17 +40,14 @@ def main() -> int:
     parser.add_argument("--tiny", action="store_true", help="tiny random models: one picture, of noise")
     args = parser.parse_args()
     base = args.keep or Path(tempfile.mkdtemp(prefix="lens-demo-"))
-    tiny = args.tiny or not NANO.is_dir()
-    if tiny and not args.tiny:
-        print("checkpoints/nano is not in this copy, so the models are tiny random ones and draw noise.")
-    models = base / ("tiny_models" if tiny else "models")
-    if tiny and not models.exists():
+    models = base / ("tiny_models" if args.tiny else "models")
+    if args.tiny and not models.exists():
         print("Writing tiny random models ...")
         write_everything(models, seed=0)
     print("Starting ComfyUI ...")
     with ComfyServer(base / "comfy", models) as server:
         try:
-            path = draw_tiny(server) if tiny else draw_gallery(server, base / "gallery.png")
+            path = draw_tiny(server) if args.tiny else draw_gallery(server, base / "gallery.png")
         except Failed as error:
             print(error, file=sys.stderr)
             return 1

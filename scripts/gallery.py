@@ -32,13 +32,13 @@ SHOTS = (
     Shot("two large white crosses on a green background", "4:3"),
     Shot("a yellow ring right of a red square on a gray background", "3:2"),
     Shot("a white circle below a black square on an orange background", "3:4"),
-    Shot('the word "LENS" in blue letters on a white background', "2:1"),
-    Shot('the number "42" in red letters on a yellow background'),
+    Shot("three large red circles on a white background", "2:1"),
+    Shot("two black squares above a red ring on a yellow background"),
     Shot("a black star on a background fading from blue to white from top to bottom"),
     Shot("two green rings on a pink background with stripes", "9:16"),
     Shot("a large red circle left of a small blue square on a yellow background", "4:3", LENS),
     Shot("three small purple triangles on a white background", "1:1", LENS),
-    Shot('the word "HELLO" in yellow letters on a purple background', "2:1", LENS),
+    Shot("a large pink cross right of a small white ring on a black background", "2:1", LENS),
     Shot("a white star above two red squares on a blue background", "3:4", LENS),
 )
 

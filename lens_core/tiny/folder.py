@@ -13,7 +13,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..config import CAPTURED_LAYERS, DenoiserConfig, EncoderConfig, Variant
+from ..config import CAPTURED_LAYERS, DenoiserConfig, EncoderConfig
 from .tokenizer import tokenizer_config
 
 Weights = dict[str, Tensor]
@@ -56,11 +56,6 @@ class Written:
             where.update(dict.fromkeys(part, file))
         index_json = {"metadata": {"total_size": total}, "weight_map": where}
         self.json(f"{folder}/{stem}.safetensors.index.json", index_json)
-
-
-def variant_metadata(variant: Variant) -> dict[str, str]:
-    """What a denoiser's file says of itself, for its tensors do not tell."""
-    return {"lens.variant": variant.name}
 
 
 def write_index(written: Written, folder: str) -> None:

@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 
 from ..config import LENS, LENS_TURBO
+from ..weights import variant_metadata
 from . import models
 from .comfy import to_comfy_nvfp4
 from .folder import (
     Weights,
     Written,
-    variant_metadata,
     write_denoiser_config,
     write_encoder_config,
     write_index,

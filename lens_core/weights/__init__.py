@@ -6,7 +6,7 @@ from .keymap import DENOISER
 from .kind import Kind, inspect
 from .loader import load_into
 from .reader import Checkpoint, open_checkpoint
-from .variant import variant_at, variant_of
+from .variant import variant_at, variant_metadata, variant_of
 
 __all__ = [
     "DENOISER",
@@ -20,5 +20,6 @@ __all__ = [
     "open_checkpoint",
     "vae_config",
     "variant_at",
+    "variant_metadata",
     "variant_of",
 ]

@@ -16,7 +16,7 @@ from ...lens_core.config import Variant
 from ...lens_core.errors import CheckpointError, SettingError
 from ...lens_core.loading import open_denoiser
 from ...lens_core.quantize_file import variant_of_file
-from ...lens_core.weights import variant_of
+from ...lens_core.weights import variant_metadata, variant_of
 from ...lens_core.weights.writer import SteppedWriter
 from . import paths
 from .lora import LORAS, PREFIX
@@ -124,7 +124,7 @@ def _plain(tensor: Tensor) -> Tensor:
 def _metadata(model: Any) -> dict[str, str]:
     told, variant, loras = {"format": "pt"}, _variant(model), model.attachments.get(LORAS)
     if variant is not None:
-        told["lens.variant"] = variant.name
+        told |= variant_metadata(variant)
     if loras:
         told["lens.loras"] = json.dumps(loras)
     return told

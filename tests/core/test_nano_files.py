@@ -24,7 +24,7 @@ from tests.compare import relative_l2
 from tests.core.cli_pictures import pixels
 from tests.reference import straight_line
 from tools.nano import configs
-from tools.nano.export import export
+from tools.nano.export import NANO, export
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 SIZE = (208, 320)
@@ -35,7 +35,7 @@ APART = {"float8": 0.08, "int8": 0.05, "int4": 0.25, "uint4": 0.25, "mxfp8": 0.0
 def test_each_part_is_recognised(nano_models: Path):
     found = {kind.component: kind for kind in inspect(nano_models / "lens")}
     assert found.keys() == {"denoiser", "encoder", "vae"}
-    assert found["denoiser"].variant == LENS
+    assert found["denoiser"].variant == NANO
     assert found["encoder"].quantisation == "MXFP4 experts"
     assert {found["denoiser"].quantisation, found["vae"].quantisation} == {"BF16"}
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from lens_core.config import LENS, LENS_BASE, LENS_TURBO, Variant
-from lens_core.weights import variant_at
+from lens_core.weights import variant_at, variant_metadata
 
 # Names under which the checkpoints are in circulation, files below a hub's cache folders included.
 PUBLISHED = [
@@ -71,3 +72,19 @@ def test_a_link_counts_by_its_own_name_and_by_what_it_leads_to(tmp_path: Path):
     (tmp_path / "current").symlink_to(tmp_path / "models--x--Lens-Turbo" / "0123")
     assert variant_at(tmp_path / "Lens-Base") == LENS_BASE
     assert variant_at(tmp_path / "current") == LENS_TURBO
+
+
+@pytest.mark.parametrize("published", [LENS, LENS_TURBO, LENS_BASE], ids=lambda variant: variant.name)
+@pytest.mark.parametrize("settings", [{}, {"cfg": 2.0}, {"steps": 8, "cfg": 1.5}], ids=str)
+def test_a_checkpoint_may_carry_settings_of_its_own(tmp_path: Path, published: Variant, settings: dict):
+    variant = replace(published, **settings)
+    told = variant_metadata(variant)
+    assert variant_at(tmp_path / "renamed.safetensors", told) == variant
+    assert len(told) == 1 + len(settings), "what is as published is not repeated"
+
+
+@pytest.mark.parametrize("steps", ["", "0", "-4", "1001", "nan", "inf", "many", "1e99", None])
+@pytest.mark.parametrize("cfg", ["", "-1", "101", "nan", "inf", "much", None])
+def test_settings_that_no_sampler_takes_are_left_out(tmp_path: Path, steps: str, cfg: str):
+    told = {"lens.variant": "Lens-Turbo", "lens.steps": steps, "lens.cfg": cfg}
+    assert variant_at(tmp_path / "x.safetensors", told) == LENS_TURBO

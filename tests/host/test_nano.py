@@ -82,7 +82,7 @@ def test_the_packs_models_are_listed_last(host, node_id: str):
 
 
 def test_variants_bring_their_settings(host):
-    for name, settings in ((LENS, (20, 5.0)), (TURBO, (4, 1.0))):
+    for name, settings in ((LENS, (20, 2.0)), (TURBO, (4, 1.0))):
         assert host.run("LensModelLoader", model_name=name, dtype="auto")[1:] == settings
 
 

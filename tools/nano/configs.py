@@ -17,6 +17,8 @@ from lens_core.encoder import GptOssEncoder
 from lens_core.vae import LensVAE
 
 BASE_RESOLUTION = 256
+# At Lens' 5 so small a model draws things twice.
+GUIDANCE = 2.0
 VAE: dict[str, Any] = {
     "block_out_channels": [8, 16, 16, 24],
     "decoder_block_out_channels": [16, 16, 32, 32],

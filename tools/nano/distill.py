@@ -22,7 +22,7 @@ from lens_core.ops import sdpa
 from lens_core.sampling import norm_rescaled_guidance, sigmas, token_grid
 from lens_core.sampling.schedule import empirical_mu, shifted
 
-from .configs import DENOISER
+from .configs import DENOISER, GUIDANCE
 from .denoiser import TrainedDenoiser
 from .export import export
 from .feed import batches
@@ -160,7 +160,7 @@ def main() -> None:
     run_flags(parser, "folder of the run, trained", steps=4000, batch=256, rate=1e-3, workers=12)
     clock_flags(parser)
     parser.add_argument("--parts", type=int, default=5, help="the teacher's steps in one of the student's")
-    parser.add_argument("--scale", type=float, default=2.0, help="the teacher's guidance")
+    parser.add_argument("--scale", type=float, default=GUIDANCE, help="the teacher's guidance")
     args = parser.parse_args()
     print("done" if distil(args) else "to be continued")
 

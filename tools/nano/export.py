@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,7 +18,6 @@ from lens_core.loading import check_component
 from lens_core.tiny import models
 from lens_core.tiny.folder import (
     Written,
-    variant_metadata,
     write_denoiser_config,
     write_encoder_config,
     write_index,
@@ -25,10 +25,13 @@ from lens_core.tiny.folder import (
     write_vae,
 )
 from lens_core.tiny.tokenizer import tiny_tokenizer
+from lens_core.weights import variant_metadata
 
-from .configs import DENOISER, VAE, encoder_config
+from .configs import DENOISER, GUIDANCE, VAE, encoder_config
 
 Weights = dict[str, Tensor]
+# Lens with nano's guidance.
+NANO = replace(LENS, cfg=GUIDANCE)
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
@@ -71,7 +74,7 @@ def export_random(out: Path, seed: int = 0) -> list[Path]:
     encoder = models.encoder_weights(config, generator)
     vae = models.vae_weights(generator, VAE)
     base, turbo = (models.denoiser_weights(generator, DENOISER) for _ in range(2))
-    files = export(out / "lens", base, encoder, vae, tokenizer.to_str(), LENS)
+    files = export(out / "lens", base, encoder, vae, tokenizer.to_str(), NANO)
     return files + export(out / "lens-turbo", turbo, None, None, None, LENS_TURBO)
 
 

@@ -8,14 +8,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lens_core.config import LENS
 from lens_core.prompt.tokenizer import PromptTokenizer
 from lens_core.vae import LensVAE
 
 from .configs import DENOISER, VAE, encoder_config
 from .denoiser import TrainedDenoiser
 from .encoder import TrainedEncoder
-from .export import export
+from .export import NANO, export
 from .flow import initialise
 from .tokenizer import run_tokenizer
 from .training import Recorded
@@ -44,8 +43,8 @@ class Models:
 
     @torch.no_grad()
     def latents(self, images: Tensor) -> Tensor:
-        """Packed and normalised, [B, C, h, w]."""
-        return self.vae.encode(images.to(torch.bfloat16))
+        """Packed and normalised, [B, C, h, w]. Whole: in strips each picture would be encoded alone."""
+        return self.vae.encode_whole(images.to(torch.bfloat16))
 
 
 def write(folder: Path, models: Models) -> None:
@@ -55,7 +54,7 @@ def write(folder: Path, models: Models) -> None:
         {name: value.detach().cpu() for name, value in state.items()}
         for state in (models.encoder.state(), models.denoiser.state_dict(), models.vae.model.state_dict())
     )
-    export(folder, denoiser, encoder, vae, models.tokenizer_json, LENS)
+    export(folder, denoiser, encoder, vae, models.tokenizer_json, NANO)
 
 
 def clear(folder: Path) -> None:

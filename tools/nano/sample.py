@@ -104,7 +104,8 @@ def draw(
         noise = torch.cat([_noise(parts, seed + index, grid) for index in chosen]).to(parts.device)
         levels = schedule(steps, grid[0] * grid[1])
         latents = _denoise(parts.denoiser, noise, levels, texts, real, grid, cfg, guide)
-        drawn = to_uint8(parts.vae.decode(tokens_to_grid(latents, grid))).cpu()
+        # Whole: in strips each picture of a batch would be decoded alone.
+        drawn = to_uint8(parts.vae.decode_whole(tokens_to_grid(latents, grid))).cpu()
         pictures.update(zip(chosen, drawn, strict=True))
     return [pictures[index] for index in range(len(scenes))]
 

@@ -50,7 +50,7 @@ SIZES: tuple[Size, ...] = tuple(BUCKETS[256].values())
 # alike wherever it is, and a small model need not learn it anew for every pixel that it is moved by.
 CELL = 8
 # Pixels across; a picture's token is two cells, so that even a small shape has a few.
-ACROSS = {"small": (40.0, 48.0), "large": (64.0, 72.0, 80.0)}
+ACROSS = {"small": (48.0,), "large": (64.0, 80.0)}
 SMALL_BELOW = 56.0
 CAP_HEIGHTS = (40.0, 48.0, 56.0)
 

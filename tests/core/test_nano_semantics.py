@@ -1,0 +1,104 @@
+"""The shipped nano models draw what held-out prompts say, and the checker notices when something is wrong.
+
+The prompts and noises are the first of those of ``benchmarks/nano.py``, whose table has the figures; here on
+the CPU in fp32. A share of so few prompts may lie below the table's by chance: by three standard deviations.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import nano
+from benchmarks.common import RESULTS, ROOT
+from benchmarks.quality_models import BAD, modes
+from tools.nano.captions import plain_caption
+from tools.nano.checker import judge, shares
+from tools.nano.sample import Parts, draw
+
+NANO, CPU = ROOT / "checkpoints" / "nano", torch.device("cpu")
+# Of Turbo, whose pictures cost a tenth, more.
+COUNTS = {"lens": 45, "lens-turbo": 90}
+Judged = list[dict[str, bool]]
+
+
+@cache
+def parts(variant: str) -> Parts:
+    return Parts.load(NANO / variant, CPU, shared=NANO / "lens", dtype=torch.float32)
+
+
+@cache
+def features(variant: str) -> list[torch.Tensor]:
+    return parts(variant).encode([plain_caption(scene) for scene in nano.held_out(COUNTS[variant])])
+
+
+def drawn(variant: str, change: Callable[[Any], None] = lambda denoiser: None, **changes: Any) -> Judged:
+    """What is right in each picture; ``change`` the denoiser, ``changes`` of how it is used."""
+    model = copy.copy(parts(variant))
+    model.denoiser = copy.deepcopy(model.denoiser)
+    change(model.denoiser)
+    scenes, steps = nano.held_out(COUNTS[variant]), nano.VARIANTS[variant].steps
+    changes = {"features": features(variant), **changes}
+    pictures = draw(model, scenes, steps, nano.guidance(variant), **changes)
+    return [judge(scene, picture.numpy()) for scene, picture in zip(scenes, pictures, strict=True)]
+
+
+plain = cache(drawn)
+
+
+@cache
+def measured(variant: str, mode: str) -> dict[str, float]:
+    """The table's shares."""
+    rows = json.loads((RESULTS / "nano.json").read_text())["rows"]
+    cfg = nano.guidance(variant)
+    wanted = {"variant": variant, "mode": mode, "cfg": cfg, "mistake": ""}
+    (found,) = (row for row in rows if all(row[name] == value for name, value in wanted.items()))
+    return found["right"]
+
+
+def assert_as_measured(judged: Judged, table: dict[str, float]) -> None:
+    """At least the table's shares, but for chance."""
+    for name, share in shares(judged).items():
+        stated = sum(name in one for one in judged)
+        # Of a share of 0 or 1 too, one picture may differ: bf16 on a GPU, fp32 here.
+        chance = max(3 * math.sqrt(table[name] * (1 - table[name]) / stated), 1 / stated)
+        assert share >= table[name] - chance, (name, share, table[name], stated)
+
+
+@pytest.mark.parametrize("variant", COUNTS)
+def test_pictures_show_what_held_out_prompts_say(variant: str):
+    assert_as_measured(plain(variant), measured(variant, "none"))
+
+
+@pytest.mark.parametrize("mode", ["int8_weight_only", "uint4_sdnq"])
+def test_quantised_pictures_do_as_far_as_was_measured(mode: str):
+    judged = drawn("lens-turbo", modes([mode], CPU)[mode])
+    assert_as_measured(judged, measured("lens-turbo", mode))
+
+
+def test_eight_bits_change_hardly_a_picture():
+    """Of 90 pictures five may show something else: pictures at the edge of a wrong one."""
+    eight = drawn("lens-turbo", modes(["int8_weight_only"], CPU)["int8_weight_only"])
+    pairs = list(zip(eight, plain("lens-turbo"), strict=True))
+    for name in ("background", "colour"):
+        assert sum(one[name] != other[name] for one, other in pairs) <= 5, name
+
+
+def test_modulation_in_four_bits_ruins_pictures():
+    """The reason for the policy: the same bits everywhere but there keep two thirds of the shapes."""
+    every = shares(drawn("lens-turbo", modes([BAD], CPU)[BAD]))
+    assert every["shape"] < 0.25
+    assert every["colour"] < measured("lens-turbo", "uint4_sdnq")["colour"] - 0.3
+
+
+def test_layers_in_the_wrong_order_are_noticed():
+    wrong = shares(drawn("lens-turbo", features=nano.reversed_layers(features("lens-turbo"))))
+    for name in ("background", "colour", "shape", "relation"):
+        assert wrong[name] < 0.4, name
