@@ -6,6 +6,7 @@ from .accelerate import LensAccelerate
 from .decode import LensVAEDecode
 from .doctor import LensDoctor
 from .encode import LensClearFeatureCache, LensTextEncode
+from .grid import LensGrid
 from .host.paths import register_folders
 from .host.routes import register_routes
 from .latent import LensEmptyLatent, LensImageToLatent
@@ -51,5 +52,6 @@ class LensExtension(ComfyExtension):
             LensGuider,
             LensNoise,
             LensStepCache,
+            LensGrid,
             LensVAEDecode,
         ]
