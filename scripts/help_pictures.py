@@ -48,7 +48,7 @@ SETTINGS = {
 WIDTH, MARGIN = 400, 12
 # Two pixels of the screen for each of the page keep the text sharp where the help panel is wide.
 SHARPNESS = 2
-COLOURS = 32
+COLOURS = 128
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
 READY = """() => window.app?.extensionManager?.workflow?.activeWorkflow && app.rootGraph
   && !document.querySelector("#splash-loader")"""
