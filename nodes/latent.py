@@ -7,7 +7,8 @@ from .host.image import image_to_latent
 from .host.sampling import empty_latent
 
 
-def _base_resolution() -> io.Input:
+def base_resolution() -> io.Input:
+    """The combo of LensEmptyLatent, which other nodes have too."""
     return io.Combo.Input(
         "base_resolution",
         options=[str(base) for base in BASE_RESOLUTIONS],
@@ -35,7 +36,7 @@ class LensEmptyLatent(io.ComfyNode):
                 "bucket",
             ],
             inputs=[
-                _base_resolution(),
+                base_resolution(),
                 io.Combo.Input(
                     "aspect_ratio",
                     options=list(ASPECT_RATIOS),
@@ -74,7 +75,7 @@ class LensImageToLatent(io.ComfyNode):
             inputs=[
                 io.Image.Input("image", tooltip="One picture or a batch. Transparency is left out."),
                 io.Vae.Input("vae", tooltip="From LensVAELoader, or VAELoader with flux2-vae."),
-                _base_resolution(),
+                base_resolution(),
                 io.Combo.Input(
                     "fit",
                     options=list(FITS),
