@@ -21,7 +21,7 @@ SETTINGS = {
     "Lens.ReasonerEndpoint",
     "Lens.FollowPreset",
 }
-COMMANDS = {"Lens.ClearFeatureCache", "Lens.HelpForFailedNode"}
+COMMANDS = {"Lens.ClearFeatureCache", "Lens.HelpForFailedNode", "Lens.UseOwnNodes"}
 
 
 @pytest.fixture(scope="module")
