@@ -3,13 +3,14 @@
 from comfy_api.latest import io
 
 from ..lens_core.grid import AUTO, COLUMNS
-from ..lens_core.quant.policy import CHOICES, NONE
+from ..lens_core.quant.policy import NONE
 from ..lens_core.sampling import ASPECT_RATIOS
 from .host import paths
-from .host.choice import check_choices
-from .host.grid import draw_grid
-from .host.settings import listed
+from .host.choice import check_choice
+from .host.grid import NO_CHECKPOINT, checkpoint_options, draw_grid
 from .latent import base_resolution
+
+_CHECKPOINTS = ("checkpoint_1", "checkpoint_2", "checkpoint_3", "checkpoint_4")
 
 
 class LensGrid(io.ComfyNode):
@@ -30,27 +31,26 @@ class LensGrid(io.ComfyNode):
             inputs=[
                 io.Clip.Input("clip", tooltip="From LensEncoderLoader, or CLIPLoader with type 'lens'."),
                 io.Vae.Input("vae", tooltip="From LensVAELoader, or VAELoader with flux2-vae."),
-                io.Model.Input(
-                    "model",
-                    optional=True,
-                    tooltip="Drawn first, before the checkpoints: one with a LoRA, for example.",
-                ),
                 io.String.Input("prompts", multiline=True, tooltip="One prompt a line."),
                 io.String.Input(
                     "negative",
                     multiline=True,
                     default="",
-                    optional=True,
                     tooltip="What to avoid in all pictures; without effect at cfg 1.",
                 ),
                 io.String.Input(
                     "seeds", default="1-4", tooltip="Numbers and ranges: 1, 2, 3 or 5-8 or both."
                 ),
-                *_models(),
                 base_resolution(),
                 io.Combo.Input(
                     "aspect_ratio", options=list(ASPECT_RATIOS), default="1:1", tooltip="Width to height."
                 ),
+                io.Model.Input(
+                    "model",
+                    optional=True,
+                    tooltip="Drawn first, before the checkpoints: one with a LoRA, for example.",
+                ),
+                *_models(),
                 *_numbers(),
             ],
             hidden=[io.Hidden.unique_id],
@@ -65,14 +65,16 @@ class LensGrid(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, checkpoints=None):
+    def validate_inputs(cls, checkpoint_1=None, checkpoint_2=None, checkpoint_3=None, checkpoint_4=None):
         """Instead of ComfyUI's "not in list"."""
-        return check_choices("denoiser", checkpoints)
+        named = (checkpoint_1, checkpoint_2, checkpoint_3, checkpoint_4)
+        answers = [check_choice("denoiser", name) for name in named if name != NO_CHECKPOINT]
+        return next((answer for answer in answers if answer is not True), True)
 
     @classmethod
-    def fingerprint_inputs(cls, checkpoints=None, **_):
+    def fingerprint_inputs(cls, **inputs):
         """A file replaced under its name is opened again."""
-        return "".join(paths.stamp("denoiser", name) for name in listed("checkpoints", checkpoints))
+        return [paths.stamp("denoiser", inputs.get(name)) for name in _CHECKPOINTS]
 
     @classmethod
     def execute(
@@ -80,16 +82,16 @@ class LensGrid(io.ComfyNode):
         clip,
         vae,
         prompts: str,
+        negative: str,
         seeds: str,
         base_resolution: str,
         aspect_ratio: str,
         model=None,
-        negative: str = "",
-        checkpoints=None,
-        quantizations=None,
+        quantizations: str = NONE,
         steps: int = 0,
         cfg: float = 0.0,
         columns: str = AUTO,
+        **checkpoints: str,
     ) -> io.NodeOutput:
         drawn = draw_grid(
             clip,
@@ -98,8 +100,8 @@ class LensGrid(io.ComfyNode):
             prompts=prompts,
             negative=negative,
             seeds=seeds,
-            checkpoints=listed("checkpoints", checkpoints),
-            quantizations=listed("quantizations", quantizations),
+            checkpoints=[checkpoints.get(name, NO_CHECKPOINT) for name in _CHECKPOINTS],
+            quantizations=quantizations,
             size=(int(base_resolution), aspect_ratio),
             steps=steps,
             cfg=cfg,
@@ -110,20 +112,27 @@ class LensGrid(io.ComfyNode):
 
 
 def _models() -> list[io.Input]:
+    """A combo for each checkpoint: the page shows a list of several values in one of its renderers only."""
+    combos: list[io.Input] = [
+        io.Combo.Input(
+            name,
+            options=checkpoint_options(),
+            default=NO_CHECKPOINT,
+            optional=True,
+            tooltip="One of LensModelLoader's list to compare, with its own steps and cfg.",
+        )
+        for name in _CHECKPOINTS
+    ]
     return [
-        io.MultiCombo.Input(
-            "checkpoints",
-            options=paths.choices("denoiser"),
-            default=[],
-            optional=True,
-            tooltip="Those of LensModelLoader's list to compare; none where a model is connected.",
-        ),
-        io.MultiCombo.Input(
+        *combos,
+        io.String.Input(
             "quantizations",
-            options=list(CHOICES),
-            default=[NONE],
+            default=NONE,
             optional=True,
-            tooltip="Each checkpoint is drawn in each of these, as LensModelLoader would load it.",
+            tooltip=(
+                "Each checkpoint is drawn in each of these of LensModelLoader's quantization, for example "
+                "none, int8_dynamic, uint4_sdnq."
+            ),
         ),
     ]
 

@@ -8,6 +8,7 @@ from ..lens_core.quant.policy import CHOICES, NONE
 from .host import paths
 from .host.choice import check_choice
 from .host.clip import load_clip
+from .host.draft_vae import DRAFT, draft_choices, load_draft_vae
 from .host.settings import one_of
 from .host.shelf import hold, shelved_model
 from .host.vae import load_host_vae
@@ -182,8 +183,11 @@ class LensVAELoader(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "vae_name",
-                    options=paths.choices("vae"),
-                    tooltip="flux2-vae in models/vae, or a Lens folder in models/lens or diffusers.",
+                    options=[*paths.choices("vae"), *draft_choices()],
+                    tooltip=(
+                        "flux2-vae in models/vae, or a Lens folder in models/lens or diffusers. taef2, where "
+                        "models/vae_approx has it, is tiny: quick drafts, not Lens' own pictures."
+                    ),
                 )
             ],
             outputs=[io.Vae.Output(display_name="VAE", tooltip="For LensVAEDecode or any VAE node.")],
@@ -192,8 +196,10 @@ class LensVAELoader(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, vae_name=None):
         """Instead of ComfyUI's "not in list"."""
-        return check_choice("vae", vae_name)
+        return vae_name == DRAFT or check_choice("vae", vae_name)
 
     @classmethod
     def execute(cls, vae_name: str) -> io.NodeOutput:
+        if vae_name == DRAFT:
+            return io.NodeOutput(load_draft_vae())
         return io.NodeOutput(load_host_vae(paths.path_of("vae", vae_name)))

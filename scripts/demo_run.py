@@ -21,6 +21,10 @@ TINY = {
     "LensEncoderLoader": {"encoder_name": "gpt_oss_tiny_mxfp4.safetensors"},
     "LensVAELoader": {"vae_name": "flux2_tiny_vae.safetensors"},
     "LensLoraLoader": {"lora_name": "lens_tiny_lora.safetensors"},
+    "LensGrid": {
+        "checkpoint_1": "lens_turbo_tiny_bf16.safetensors",
+        "checkpoint_2": "lens_tiny_bf16.safetensors",
+    },
 }
 # Beside the other examples once checkpoints/nano is there.
 NANO_WORKFLOW = PACK / "tools" / "nano" / "Lens nano - 256.json"

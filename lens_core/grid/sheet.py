@@ -111,6 +111,6 @@ def _write(sheet: Image.Image, box: tuple[int, int, int, int], text: str, plan: 
 
 
 def _fitted(picture: Tensor, cell: tuple[int, int]) -> Image.Image:
-    """A picture [h, w, 3] in bytes as ComfyUI's SaveImage writes it, not larger than its cell."""
-    image = Image.fromarray((picture.clamp(0, 1) * 255).to(torch.uint8).numpy())
+    """A picture [h, w, 3] in bytes, not larger than its cell."""
+    image = Image.fromarray((picture.clamp(0, 1) * 255).round().to(torch.uint8).numpy())
     return image if image.size == cell[::-1] else image.resize(cell[::-1], Image.Resampling.LANCZOS)

@@ -1,5 +1,6 @@
 """Latents to pictures and back."""
 
-from .autoencoder import LensVAE, to_uint8
+from .autoencoder import LensVAE, to_uint8, unpack
+from .colours import linear_colours
 
-__all__ = ["LensVAE", "to_uint8"]
+__all__ = ["LensVAE", "linear_colours", "to_uint8", "unpack"]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...lens_core.config import LENS, Variant
-from ...lens_core.errors import SettingError, first_of
+from ...lens_core.errors import SettingError
 from ...lens_core.grid import Axes, arrange, as_labels, draw_sheet, layout, parse_prompts, parse_seeds
 from ...lens_core.loading import open_denoiser
 from ...lens_core.quant.policy import CHOICES, NONE
@@ -30,7 +30,12 @@ from .sampling import Latent, decode, empty_latent, require_fitting_vae, require
 from .settings import one_of
 from .shelf import shelved_model
 
-_SHOWN = 6
+NO_CHECKPOINT = "none"
+
+
+def checkpoint_options() -> list[str]:
+    """LensModelLoader's list, after the option that is none of it."""
+    return [NO_CHECKPOINT, *(name for name in paths.choices("denoiser") if name != NONE_YET)]
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,7 @@ def draw_grid(
     negative: str,
     seeds: str,
     checkpoints: Sequence[str],
-    quantizations: Sequence[str],
+    quantizations: str,
     size: tuple[int, str],
     steps: int,
     cfg: float,
@@ -67,8 +72,9 @@ def draw_grid(
 ) -> tuple[Tensor, Tensor, str]:
     """A labelled sheet [1, H, W, 3]; its pictures [N, h, w, 3], on the CPU; a line of text for each.
 
-    ``prompts`` are lines, ``seeds`` as for ``parse_seeds``, ``size`` a base resolution and an aspect ratio; 0
-    ``steps`` or ``cfg`` are each checkpoint's own. What is wrong with any of it is said before a model runs.
+    ``prompts`` are lines, ``seeds`` as for ``parse_seeds``, ``quantizations`` names with commas, ``size`` a
+    base resolution and an aspect ratio; 0 ``steps`` or ``cfg`` are each checkpoint's own. What is wrong with
+    any of it is said before a model runs.
     """
     require_clip(clip)
     require_vae(vae)
@@ -90,7 +96,7 @@ def draw_grid(
 
 
 def drawers_of(
-    model: Any, checkpoints: Sequence[str], quantizations: Sequence[str], steps: int, cfg: float
+    model: Any, checkpoints: Sequence[str], quantizations: str, steps: int, cfg: float
 ) -> list[Drawer]:
     """The connected MODEL first, then each checkpoint in each quantisation.
 
@@ -104,18 +110,17 @@ def drawers_of(
         name = "MODEL" if source is None else _short(source.name)
         label = f"{name} + LoRA" if model.patches else name
         found.append((label, variant, {"model": model}))
-    for name, mode in product(dict.fromkeys(checkpoints), dict.fromkeys(quantizations or [NONE])):
-        variant = _variant(paths.path_of("denoiser", name))
+    names = dict.fromkeys(name for name in checkpoints if name != NO_CHECKPOINT)
+    modes = dict.fromkeys(mode.strip() for mode in quantizations.split(",") if mode.strip()) or [NONE]
+    for name, mode in product(names, modes):
         one_of("quantizations", mode, CHOICES)
+        variant = _variant(paths.path_of("denoiser", name))
         label = _short(name) if mode == NONE else f"{_short(name)} ({mode})"
         found.append((label, variant, {"checkpoint": name, "quantization": mode}))
     if not found:
-        there = paths.choices("denoiser")
-        if there == [NONE_YET]:
+        if not checkpoint_options()[1:]:
             paths.path_of("denoiser", NONE_YET)  # says where files are
-        raise SettingError(
-            f"There is no model to draw with. Connect one, or choose checkpoints: {first_of(there, _SHOWN)}."
-        )
+        raise SettingError("There is no model to draw with. Connect one, or choose a checkpoint_1.")
     return [_drawer(label, steps or own.steps, cfg or own.cfg, source) for label, own, source in found]
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +34,11 @@ from ...lens_core.loading import open_denoiser
 from ...lens_core.memory.estimate import denoiser_bytes
 from ...lens_core.quant.policy import NONE
 from ...lens_core.sampling import empirical_mu, norm_rescaled_guidance
+from ...lens_core.vae import unpack
 from ...lens_core.weights import variant_at
 from ...lens_core.weights.loader import AnyCheckpoint
 from .denoiser import GRAPHS, RUN, HostDenoiser
+from .preview import colours_beside
 from .progress import on_progress
 from .quantized import free_for_models, operations
 from .reader import host_reader
@@ -55,12 +57,29 @@ _ALL_THERE_IS = 1e20
 
 
 class PackedLatents(comfy.latent_formats.LatentFormat):
-    """Latents of another VAE than FLUX.2's, whose colours are not known: there are no previews of them."""
+    """Latents of another VAE than FLUX.2's. Their colours are fitted to the VAE that lies beside the model,
+    when previews first ask; without one there are none."""
 
     spacial_downscale_ratio = PIXELS_PER_TOKEN
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, path: Path | None = None) -> None:
         self.latent_channels = channels
+        self.path = path
+        self.latent_rgb_factors_reshape = unpack
+
+    @property
+    def latent_rgb_factors(self) -> list[list[float]] | None:
+        """Colours of each unpacked channel, as ComfyUI's previews read them."""
+        return None if self._colours is None else self._colours[0].tolist()
+
+    @property
+    def latent_rgb_factors_bias(self) -> list[float] | None:
+        """The colour of zeros."""
+        return None if self._colours is None else self._colours[1].tolist()
+
+    @cached_property
+    def _colours(self) -> tuple[Tensor, Tensor] | None:
+        return None if self.path is None else colours_beside(self.path, self.latent_channels)
 
 
 class LensModelConfig(comfy.supported_models_base.BASE):
@@ -73,7 +92,9 @@ class LensModelConfig(comfy.supported_models_base.BASE):
     # With this ComfyUI's formula for any model comes to what ``memory_required`` says of our kernels in bf16.
     memory_usage_factor = 2.1
 
-    def __init__(self, config: DenoiserConfig, variant: Variant, operations: Any = None) -> None:
+    def __init__(
+        self, config: DenoiserConfig, variant: Variant, operations: Any = None, path: Path | None = None
+    ) -> None:
         super().__init__(
             {
                 "image_model": "lens",
@@ -89,7 +110,7 @@ class LensModelConfig(comfy.supported_models_base.BASE):
         self.custom_operations = operations
         channels = config.in_channels
         if channels != self.latent_format.latent_channels:
-            self.latent_format = PackedLatents(channels)
+            self.latent_format = PackedLatents(channels, path)
         tokens = _USUAL_TOKENS.get(channels, _USUAL_TOKENS[LATENT_CHANNELS[0]])
         self.sampling_settings = {"shift": empirical_mu(tokens, variant.steps)}
 
@@ -226,7 +247,7 @@ def load_model(
         _say_slow()
     mode = file.mode(quantization, device, free_for_models(device))
     quantized = operations(cast or held) if file.stored or mode != NONE else None
-    model_config = LensModelConfig(file.config, variant, quantized)
+    model_config = LensModelConfig(file.config, variant, quantized, path)
     model_config.set_inference_dtype(held, cast)
     model = with_recovery(
         lambda: _filled(file, model_config, mode, device),

@@ -5,14 +5,20 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import comfy.options
 import comfy.utils
 import latent_preview
+import torch
 from comfy.cli_args import LatentPreviewMethod, args
 from server import PromptServer
 from torch import Tensor
+
+from ...lens_core.errors import LensError
+from ...lens_core.loading import SUBFOLDERS, load_vae
+from ...lens_core.vae import linear_colours
 
 # (step, denoised latents, latents, steps), as ComfyUI's samplers call it after every step.
 Callback = Callable[[int, Tensor, Tensor, int], Any]
@@ -34,6 +40,23 @@ def with_previews(callback: Callback | None, patcher: Any, steps: int) -> Callba
         bar.update_absolute(step + 1, total, previewer.decode_latent_to_preview_image("JPEG", denoised))
 
     return show
+
+
+def colours_beside(path: Path, channels: int) -> tuple[Tensor, Tensor] | None:
+    """``linear_colours`` of the VAE in a model's folder, or else in a folder beside it; None where there is
+    none for latents of so many channels."""
+    if not path.is_dir():
+        return None
+    for folder in dict.fromkeys((path, *sorted(path.parent.iterdir()))):
+        if not (folder / SUBFOLDERS["vae"]).is_dir():
+            continue
+        try:
+            vae = load_vae(folder, torch.float32)
+        except (LensError, OSError):  # previews are no reason to fail; its own loader says what is wrong
+            continue
+        if 4 * vae.model.config.latent_channels == channels:
+            return linear_colours(vae)
+    return None
 
 
 def _chosen() -> bool:

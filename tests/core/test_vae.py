@@ -239,3 +239,20 @@ def test_a_missing_or_old_diffusers_is_named_with_the_pip_line(
     monkeypatch.setitem(sys.modules, "diffusers", ModuleType("diffusers"))
     with pytest.raises(MissingPackage, match=r"pip install 'diffusers>=0\.38'"):
         load_vae(tiny_folder, torch.float32)
+
+
+def test_colours_of_a_linear_vae_are_found(monkeypatch: pytest.MonkeyPatch):
+    """Where latents are a linear map of colours, the fit is its inverse up to the small penalty on size."""
+    from torch.nn.functional import avg_pool2d, pixel_unshuffle
+
+    from lens_core.vae import linear_colours
+
+    class LinearVAE(torch.nn.Linear):
+        def encode(self, images: torch.Tensor) -> torch.Tensor:
+            known = self(avg_pool2d(images, 8).movedim(1, -1)).movedim(-1, 1)
+            return pixel_unshuffle(known, 2)
+
+    vae = LinearVAE(3, 8)
+    factors, bias = linear_colours(vae)
+    colours = torch.rand(50, 3) * 2 - 1
+    torch.testing.assert_close(vae(colours) @ factors + bias, colours, atol=0.05, rtol=0)

@@ -216,3 +216,19 @@ def test_the_doctor_and_the_estimate_know_it(host, nano: Tiny):
         "LensMemoryEstimate", model=nano.model, clip=nano.clip, vae=nano.vae, latent=latent, **inputs
     )
     assert "320x208" in text and "In 8.0 GB" in text
+
+
+def test_previews_have_the_colours_of_the_vae_beside_the_model(host, nano: Tiny, sample, progress: list):
+    """Turbo has no VAE of its own and takes that of Lens' folder; a file with none beside it shows none."""
+    sample()
+    shown = [preview[1] for _, _, preview in progress if preview is not None]
+    assert len(shown) == 4 and shown[0].size == (2 * GRID[1], 2 * GRID[0])
+    turbo, *_ = host.run("LensModelLoader", model_name=TURBO, dtype="float32")
+    own, others = (each.model.latent_format.latent_rgb_factors for each in (nano.model, turbo))
+    assert own == others and len(own) == 8 and len(own[0]) == 3
+    formats = host.module("nodes.host.model").PackedLatents
+    assert formats(CHANNELS, Path("a file.safetensors")).latent_rgb_factors is None
+    assert (
+        formats(CHANNELS * 2, host.module("nodes.host.model").source_of(nano.model)).latent_rgb_factors
+        is None
+    )

@@ -121,6 +121,15 @@ NODES = {
         ["model", "threshold", "start", "end", "max_consecutive"],
         [("MODEL", "MODEL")],
     ),
+    "LensGrid": (
+        "Lens Grid",
+        [
+            *("clip", "vae", "prompts", "negative", "seeds", "base_resolution", "aspect_ratio", "model"),
+            *("checkpoint_1", "checkpoint_2", "checkpoint_3", "checkpoint_4", "quantizations"),
+            *("steps", "cfg", "columns"),
+        ],
+        [("sheet", "IMAGE"), ("images", "IMAGE"), ("labels", "STRING")],
+    ),
     "LensVAEDecode": ("Lens VAE Decode", ["latent", "vae"], [("IMAGE", "IMAGE")]),
 }
 # Values that a workflow stores, by node and input: (type, default).
@@ -191,6 +200,14 @@ SETTINGS = {
     ("LensReasonerAPI", "effort"): (["default", "low", "medium", "high"], "default"),
     ("LensReasonerAPI", "timeout"): ("FLOAT", 60.0),
     ("LensReasonerAPI", "on_failure"): (["error", "original prompt"], "error"),
+    ("LensGrid", "negative"): ("STRING", ""),
+    ("LensGrid", "seeds"): ("STRING", "1-4"),
+    ("LensGrid", "base_resolution"): (["256", "512", "768", "1024", "1440"], "1024"),
+    ("LensGrid", "aspect_ratio"): (list(ASPECT_RATIOS), "1:1"),
+    ("LensGrid", "quantizations"): ("STRING", "none"),
+    ("LensGrid", "steps"): ("INT", 0),
+    ("LensGrid", "cfg"): ("FLOAT", 0.0),
+    ("LensGrid", "columns"): (["auto", "models", "prompts", "seeds"], "auto"),
     ("LensEncoderLoader", "placement"): (["auto", "gpu", "stream", "cpu"], "auto"),
     ("LensEncoderLoader", "experts"): (["packed", "bfloat16"], "packed"),
     ("LensEncoderLoader", "feature_cache"): ("BOOLEAN", True),
