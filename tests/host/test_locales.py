@@ -21,7 +21,7 @@ SETTINGS = {
     "Lens.ReasonerEndpoint",
     "Lens.FollowPreset",
 }
-COMMANDS = {"Lens.ClearFeatureCache", "Lens.HelpForFailedNode"}
+COMMANDS = {"Lens.ClearFeatureCache", "Lens.HelpForFailedNode", "Lens.UseOwnNodes"}
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +120,7 @@ def test_the_pages_settings_are_those():
 @pytest.mark.parametrize("file", ["nodeDefs", "settings", "commands", "main"])
 @pytest.mark.parametrize("pair", itertools.combinations(LANGUAGES, 2), ids="-".join)
 def test_no_language_stands_in_for_another(file, pair):
-    """The same places; the same figures; no sentence twice (French and Spanish share "De LensModelLoader.")."""
+    """The same places; the same figures; no sentence twice. French and Spanish share "De LensModelLoader"."""
     one, other = (translated_texts(language, file) for language in pair)
     assert one.keys() == other.keys()
     for place in one:

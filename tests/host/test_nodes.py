@@ -254,6 +254,17 @@ def test_texts(host, node_id):
     assert not schema.is_experimental and not schema.is_deprecated
 
 
+@pytest.mark.parametrize("words", ["gpt-oss", "text to image"])
+def test_search_finds(host, words):
+    """Besides the name of the model, which finds them all."""
+    found = {node_id for node_id in NODES if words in host.node_classes[node_id].GET_SCHEMA().search_aliases}
+    expected = {
+        "gpt-oss": {"LensEncoderLoader", "LensTextEncode", "LensReasoner"},
+        "text to image": {"LensModelLoader", "LensTextEncode", "LensEmptyLatent", "LensSampler"},
+    }
+    assert expected[words] <= found
+
+
 @pytest.mark.parametrize("node_id", NODES)
 def test_help_page(host, node_id):
     """ComfyUI shows web/docs/<node id>.md. Its tables of inputs and outputs have all of them."""

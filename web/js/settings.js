@@ -13,7 +13,7 @@ const DEFAULTS = {
 const CLEAR = "Lens.ClearFeatureCache";
 const POST = { method: "POST", headers: { "Content-Type": "application/json" }, body: "{}" };
 // Not "", which ComfyUI's combos show as nothing.
-const AS_IT_IS = { text: "the node's own", value: "default" };
+const AS_IT_IS = { text: "as in the node", value: "default" };
 
 /** A combo of a node input's choices, read when the settings are opened. */
 function fromNode(type, input) {
