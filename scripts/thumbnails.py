@@ -101,13 +101,15 @@ def write_thumbnail(picture: Image.Image, target: Path) -> None:
 
 
 def _with_tiny_models(path: Path) -> dict[str, Any]:
-    """The workflow without its note, and with files that are there."""
+    """The workflow without its note, and with files that are there; nano Lens' are."""
     workflow = json.loads(path.read_text(encoding="utf-8"))
     workflow["nodes"] = [node for node in workflow["nodes"] if node["type"] not in NOTES]
     for node in workflow["nodes"]:
-        node["properties"].pop("models", None)
-        if node["type"] in TINY:
-            (node["widgets_values"][0],) = TINY[node["type"]].values()
+        values, models = node.get("widgets_values"), node["properties"].pop("models", ())
+        if node["type"] in TINY and values[0] != "nano/lens":
+            published = [model["name"] for model in models] or values[:1]
+            for name, tiny in zip(published, TINY[node["type"]].values(), strict=True):
+                values[values.index(name)] = tiny
     return workflow
 
 
