@@ -85,15 +85,19 @@ def test_the_packs_folder_renamed(
 ):
     picture, graph = drawn
     assert list(renamed.get("/api/workflow_templates")) == ["lenspack@1_0_0"]
-    with contextlib.closing(LensPage(chromium.new_page(), renamed, page.renderer, screenshots)) as other:
+    other = LensPage(chromium.new_page(), renamed, page.renderer, screenshots)
+    with contextlib.closing(other):
         other.open()
+        other.start_anew()
         other.drop(picture)
         other.page.wait_for_function("() => app.rootGraph.nodes.length")
         assert other.missing_nodes() == []
         assert content(other.graph()) == content(graph)
         assert other.run().status == "success"
         other.fit()
-        other.open_help("LensSampler")
-        other.help_panel().locator("table").first.wait_for()
-        other.screenshot("renamed")
+        try:
+            other.open_help("LensSampler")
+            other.help_panel().locator("table").first.wait_for()
+        finally:
+            other.screenshot("renamed")
         assert other.errors_of_ours() == []
