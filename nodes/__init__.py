@@ -6,6 +6,7 @@ from .accelerate import LensAccelerate
 from .decode import LensVAEDecode
 from .doctor import LensDoctor
 from .encode import LensClearFeatureCache, LensTextEncode
+from .grid import LensGrid
 from .host.paths import register_folders
 from .latent import LensEmptyLatent, LensImageToLatent
 from .load import LensEncoderLoader, LensModelLoader, LensVAELoader
@@ -49,5 +50,6 @@ class LensExtension(ComfyExtension):
             LensGuider,
             LensNoise,
             LensStepCache,
+            LensGrid,
             LensVAEDecode,
         ]

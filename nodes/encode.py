@@ -21,7 +21,7 @@ class LensTextEncode(io.ComfyNode):
                 "without any text, as Lens was trained. Several prompts make a batch of pictures. Prompt "
                 "weights and wildcards are plain text."
             ),
-            search_aliases=["microsoft lens", "prompt", "gpt-oss"],
+            search_aliases=["microsoft lens", "prompt", "gpt-oss", "text to image"],
             inputs=[
                 io.Clip.Input("clip", tooltip="From LensEncoderLoader, or CLIPLoader with type 'lens'."),
                 io.String.Input(
@@ -77,7 +77,7 @@ class LensClearFeatureCache(io.ComfyNode):
             category="Lens/conditioning",
             description=(
                 "Deletes the text features that LensTextEncode keeps on disk. They are never stale, so this "
-                "only frees their space (1 GB at most). Run it alone."
+                "only frees their space. Run it alone."
             ),
             search_aliases=["microsoft lens", "cache", "clear"],
             inputs=[],

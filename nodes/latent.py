@@ -7,7 +7,8 @@ from .host.image import image_to_latent
 from .host.sampling import empty_latent
 
 
-def _base_resolution() -> io.Input:
+def base_resolution() -> io.Input:
+    """The combo of LensEmptyLatent, which other nodes have too."""
     return io.Combo.Input(
         "base_resolution",
         options=[str(base) for base in BASE_RESOLUTIONS],
@@ -26,9 +27,16 @@ class LensEmptyLatent(io.ComfyNode):
             display_name="Lens Empty Latent",
             category="Lens/latent",
             description="An empty latent in one of the sizes that Lens was made for.",
-            search_aliases=["microsoft lens", "resolution", "aspect ratio", "size", "bucket"],
+            search_aliases=[
+                "microsoft lens",
+                "text to image",
+                "resolution",
+                "aspect ratio",
+                "size",
+                "bucket",
+            ],
             inputs=[
-                _base_resolution(),
+                base_resolution(),
                 io.Combo.Input(
                     "aspect_ratio",
                     options=list(ASPECT_RATIOS),
@@ -67,7 +75,7 @@ class LensImageToLatent(io.ComfyNode):
             inputs=[
                 io.Image.Input("image", tooltip="One picture or a batch. Transparency is left out."),
                 io.Vae.Input("vae", tooltip="From LensVAELoader, or VAELoader with flux2-vae."),
-                _base_resolution(),
+                base_resolution(),
                 io.Combo.Input(
                     "fit",
                     options=list(FITS),

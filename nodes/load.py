@@ -137,8 +137,8 @@ class LensEncoderLoader(io.ComfyNode):
                     optional=True,
                     advanced=True,
                     tooltip=(
-                        "Keep each prompt's features on disk (user/__lens, 1 GB at most): a prompt seen "
-                        "before then needs no encoder, even after a restart."
+                        "Keep each prompt's features on disk (user/__lens, 1 GB unless the settings say "
+                        "otherwise): a prompt seen before then needs no encoder, even after a restart."
                     ),
                 ),
             ],

@@ -24,6 +24,7 @@ class LensReasoner(io.ComfyNode):
             ),
             search_aliases=[
                 "microsoft lens",
+                "gpt-oss",
                 "prompt enhancer",
                 "prompt upsampling",
                 "llm",

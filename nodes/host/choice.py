@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from ...lens_core.errors import CheckpointError
+from typing import Any
+
+from ...lens_core.errors import CheckpointError, SettingError
 from .paths import path_of
+from .settings import listed
 
 
 def check_choice(component: str, name: str | None) -> bool | str:
@@ -17,3 +20,12 @@ def check_choice(component: str, name: str | None) -> bool | str:
     except CheckpointError as error:
         return str(error)
     return True
+
+
+def check_choices(component: str, names: Any) -> bool | str:
+    """The same of a list of names."""
+    try:
+        answers = [check_choice(component, name) for name in listed("checkpoints", names)]
+    except SettingError as error:
+        return str(error)
+    return next((answer for answer in answers if answer is not True), True)

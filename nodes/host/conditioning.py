@@ -42,11 +42,7 @@ def encode_pair(
 ) -> tuple[list, list]:
     """Positive and negative conditioning, and the token count on the node; raises SettingError where a
     link brought no CLIP or no text. Of several prompts the positive is a batch."""
-    if clip is None:
-        raise SettingError(
-            "No text encoder arrived: the loader before gave none. Expected a CLIP from "
-            "LensEncoderLoader, or from CLIPLoader with type 'lens'."
-        )
+    require_clip(clip)
     for name, text in (("prompt", prompt), ("negative", negative)):
         if not isinstance(text, str):
             raise SettingError(f"The {name} is a {type(text).__name__}; expected text. Connect a STRING.")
@@ -55,10 +51,28 @@ def encode_pair(
     options = {"extended": extended, "date": date}
     prompts = split_prompts(prompt, several)
     say(report(clip, prompts, negative, **options), node_id)
+    encoded, avoided = encode_each(clip, prompts, negative, **options)
+    return as_batch(encoded), avoided
+
+
+def require_clip(clip: Any) -> None:
+    """Raise SettingError for none, which loaders of whole checkpoints may give."""
+    if clip is None:
+        raise SettingError(
+            "No text encoder arrived: the loader before gave none. Expected a CLIP from "
+            "LensEncoderLoader, or from CLIPLoader with type 'lens'."
+        )
+
+
+def encode_each(
+    clip: Any, prompts: Sequence[str], negative: str, *, extended: bool = False, date: str = TEMPLATE_DATE
+) -> tuple[list[list], list]:
+    """A conditioning for each prompt, and one for the negative, all from one use of the encoder."""
+    options = {"extended": extended, "date": date}
     encoded = [
         clip.encode_from_tokens_scheduled(clip.tokenize(text, keep_empty=True, **options)) for text in prompts
     ]
-    return as_batch(encoded), clip.encode_from_tokens_scheduled(clip.tokenize(negative, **options))
+    return encoded, clip.encode_from_tokens_scheduled(clip.tokenize(negative, **options))
 
 
 def as_batch(encoded: Sequence[list]) -> list:

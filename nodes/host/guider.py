@@ -21,7 +21,10 @@ log = logging.getLogger(__name__)
 
 
 class PreviewGuider(comfy.samplers.CFGGuider):
-    """ComfyUI's own, with live previews by default."""
+    """ComfyUI's own, with live previews by default; ``part_of`` says how many steps of a longer bar were done
+    before, and how many it has, where this run is one of several."""
+
+    part_of: tuple[int, int] | None = None
 
     def sample(
         self,
@@ -36,9 +39,20 @@ class PreviewGuider(comfy.samplers.CFGGuider):
     ) -> Tensor:
         """Latents [B, C, h, w] of noise and a picture's latents of the same shape."""
         callback = with_previews(callback, self.model_patcher, len(sigmas) - 1)
+        if self.part_of is not None:
+            callback = _later(callback, *self.part_of)
         return super().sample(
             noise, latent_image, sampler, sigmas, denoise_mask, callback, disable_pbar, seed
         )
+
+
+def _later(callback: Any, before: int, of: int) -> Any:
+    """A sampling callback whose steps are counted on from ``before``."""
+
+    def later(step: int, denoised: Tensor, x: Tensor, total: int) -> None:
+        callback(before + step, denoised, x, of)
+
+    return later
 
 
 class IntervalGuider(PreviewGuider):

@@ -65,7 +65,7 @@ def make_guider(
     cfg: float,
     guided: tuple[float, float] = (WHOLE.start, WHOLE.end),
     nag: NagOptions = NAG_OFF,
-) -> comfy.samplers.CFGGuider:
+) -> PreviewGuider:
     """A GUIDER with Lens' guidance in the ``guided`` part of the steps (shares: start, end), cfg 1 outside;
     at cfg 1 the negative is avoided there by ``nag``.
 
@@ -107,12 +107,15 @@ def sample(
     guided: tuple[float, float] = (WHOLE.start, WHOLE.end),
     nag: NagOptions = NAG_OFF,
     custom_noise: Any = None,
+    part_of: tuple[int, int] | None = None,
 ) -> Latent:
     """Euler steps over Lens' schedule. ``noise`` is a kind of ``SeededNoise``; ``custom_noise``, a NOISE,
-    takes the place of it and of the seed. ``guided`` and ``nag`` are as in make_guider."""
+    takes the place of it and of the seed. ``guided`` and ``nag`` are as in make_guider, ``part_of`` as in
+    PreviewGuider."""
     guider = make_guider(model, positive, negative, cfg, guided, nag)
+    guider.part_of = part_of
     sigmas = sigmas_for(latent, steps, denoise, denoise_by)
-    samples = _samples_for(model, latent)
+    samples = samples_for(model, latent)
     out = {key: value for key, value in latent.items() if not key.startswith("downscale_ratio")}
     out["samples"] = samples
     if not len(sigmas):
@@ -131,7 +134,7 @@ def sample(
     return {**out, "samples": result.to(comfy.model_management.intermediate_device())}
 
 
-def _samples_for(model, latent: Latent) -> Tensor:
+def samples_for(model, latent: Latent) -> Tensor:
     """The latent [B, C, h, w], an empty one with the model's channels; raises SettingError for a picture's
     with others."""
     samples = comfy.sample.fix_empty_latent_channels(
@@ -154,10 +157,9 @@ def require_vae(vae: Any) -> None:
         )
 
 
-def decode(latent: Latent, vae) -> Tensor:
-    """Pictures [B, H, W, 3] of latents; a VAE with other latents is named before it is run."""
+def require_fitting_vae(vae: Any, samples: Tensor) -> None:
+    """Raise SettingError for none, and for one that decodes other latents than these [B, C, h, w]."""
     require_vae(vae)
-    samples = latent["samples"]
     channels = getattr(vae, "latent_channels", _CHANNELS)
     if samples.ndim != 4 or samples.shape[1] != channels:
         raise SettingError(
@@ -165,4 +167,9 @@ def decode(latent: Latent, vae) -> Tensor:
             f"Lens' latents have {_CHANNELS}, which FLUX.2's VAE decodes: use LensVAELoader, or "
             f"VAELoader with flux2-vae. Nano Lens' have {LATENT_CHANNELS[1]}: use the VAE in its folder."
         )
-    return vae.decode(samples)
+
+
+def decode(latent: Latent, vae) -> Tensor:
+    """Pictures [B, H, W, 3] of latents; a VAE with other latents is named before it is run."""
+    require_fitting_vae(vae, latent["samples"])
+    return vae.decode(latent["samples"])

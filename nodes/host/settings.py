@@ -13,3 +13,11 @@ def one_of(name: str, value: Any, options: Collection[str]) -> Any:
     if value not in options:
         raise SettingError(f"{name} is {value!r}; expected one of {', '.join(options)}. Choose one of them.")
     return value
+
+
+def listed(name: str, value: Any) -> list[str]:
+    """What is chosen of a list, where None is nothing; raises SettingError for other things than names."""
+    chosen = [value] if isinstance(value, str) else [] if value is None else value
+    if not isinstance(chosen, list) or not all(isinstance(each, str) for each in chosen):
+        raise SettingError(f"{name} is {value!r}; expected a list of names. Choose some of its list.")
+    return chosen
