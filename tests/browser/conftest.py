@@ -89,7 +89,7 @@ def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BrowserContex
             viewport={"width": 1600, "height": 950},
             locale="en-US",
         )
-        context.set_default_timeout(20_000)
+        context.set_default_timeout(45_000)
         yield context
         context.close()
 
