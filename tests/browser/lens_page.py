@@ -227,9 +227,9 @@ class LensPage:
         self.click_node(node_type)
         self.page.get_by_test_id("info-button").first.click()
 
-    def help_panel(self) -> Locator:
-        """What ``open_help`` opened."""
-        return self.page.locator(".node-help-content")
+    def help_page(self) -> Locator:
+        """What ``open_help`` opened; not what the page makes of the schema where there is no help page."""
+        return self.page.locator(".node-help-content .markdown-content")
 
     def toasts(self) -> list[str]:
         """Texts of the toasts that are to be seen."""
