@@ -69,8 +69,8 @@ def test_its_picture_dragged_in(page: LensPage, drawn: tuple[Path, dict[str, Any
 
 @pytest.fixture
 def renamed(base: Path, models: Path, tmp_path: Path) -> Iterator[ComfyServer]:
-    """A server that has the pack in the folder that the registry makes. A version behind an @ would do but for
-    the help pages: ComfyUI's page looks for them without it."""
+    """A server that has the pack in the folder that the registry makes. A version behind an @ would do, but
+    for the help pages: ComfyUI's page looks for them without it."""
     shutil.copytree(base / "user", tmp_path / "user")
     with ComfyServer(tmp_path, models, folder="lenspack") as running:
         yield running
