@@ -81,7 +81,7 @@ class ComfyServer:
             with contextlib.suppress(urllib.error.URLError, ConnectionError, TimeoutError):
                 self.get("/api/object_info/LensSampler")
                 return
-            time.sleep(0.3)
+            time.sleep(0.1)
         raise RuntimeError(f"ComfyUI did not answer:\n{self.log.read_text()[-3000:]}")
 
     def get(self, path: str) -> Any:
@@ -129,7 +129,7 @@ class ComfyServer:
             entry = self.get(f"/api/history/{prompt_id}").get(prompt_id)
             if entry and entry["status"]["status_str"] in ("success", "error"):
                 return entry
-            time.sleep(0.2)
+            time.sleep(0.05)
         raise TimeoutError(f"prompt {prompt_id} did not end:\n{self.log.read_text()[-3000:]}")
 
     def wait_until_running(self, prompt_id: str, seconds: float = 60) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -39,6 +40,11 @@ CHROMIUM_FLAGS = [
     # The page may talk to its server alone, so that runs are offline and repeatable.
     "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
 ]
+
+
+def pytest_configure() -> None:
+    """When it is ended, as by ``timeout``, the server and the browser end too."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
@@ -83,7 +89,7 @@ def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BrowserContex
             viewport={"width": 1600, "height": 950},
             locale="en-US",
         )
-        context.set_default_timeout(20_000)
+        context.set_default_timeout(45_000)
         yield context
         context.close()
 

@@ -21,6 +21,9 @@ one_renderer = pytest.mark.parametrize("opened_page", ["classic"], indirect=True
 READY = """() => window.app?.extensionManager?.workflow?.activeWorkflow && app.rootGraph
   && document.querySelector("canvas#graph-canvas") && !document.querySelector("#splash-loader")"""
 
+# Milliseconds; five seconds are usual, and nobody knows what else the machine does.
+OPENING = 120_000
+
 # All nodes, those inside subgraphs too.
 EVERY_NODE = """const everyNode = (graph) =>
   graph.nodes.flatMap((node) => [node, ...(node.subgraph ? everyNode(node.subgraph) : [])]);"""
@@ -47,8 +50,8 @@ class LensPage:
 
     def open(self) -> None:
         """Open the page, or open it again, and wait until it can be used."""
-        self.page.goto(self.host.url, wait_until="domcontentloaded")
-        self.page.wait_for_function(READY)
+        self.page.goto(self.host.url, wait_until="domcontentloaded", timeout=OPENING)
+        self.page.wait_for_function(READY, timeout=OPENING)
 
     def close(self) -> None:
         self.page.close()
@@ -224,14 +227,21 @@ class LensPage:
         else:
             self.page.mouse.click(x, y)
 
+    def node(self, node_type: str) -> Locator:
+        """The element of the first node of a type; only nodes2 has any."""
+        number = self.page.evaluate(
+            "(type) => app.canvas.graph.nodes.find((node) => node.type === type).id", node_type
+        )
+        return self.page.locator(f"[data-node-id='{number}']")
+
     def open_help(self, node_type: str) -> None:
         """Open a node's help page as a user does: select it, then press the toolbox's ⓘ."""
         self.click_node(node_type)
         self.page.get_by_test_id("info-button").first.click()
 
-    def help_panel(self) -> Locator:
-        """What ``open_help`` opened."""
-        return self.page.locator(".node-help-content")
+    def help_page(self) -> Locator:
+        """What ``open_help`` opened; not what the page makes of the schema where there is no help page."""
+        return self.page.locator(".node-help-content .markdown-content")
 
     def toasts(self) -> list[str]:
         """Texts of the toasts that are to be seen."""
