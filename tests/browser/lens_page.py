@@ -156,6 +156,7 @@ class LensPage:
         for node_type, values in TINY.items():
             self.set_widgets(node_type, **values)
         self.set_widgets("LensReasoner", max_new_tokens=16, effort="none")
+        self.set_widgets("LensGrid", base_resolution="256", aspect_ratio="2:1", seeds="1", steps=1)
         self.set_widgets("LensEmptyLatent", base_resolution="256")
         self.set_widgets("LensImageToLatent", base_resolution="256")
 

@@ -47,7 +47,7 @@ def status(key):
     return int(line.split()[1]) * 1024
 
 file = open_encoder(sys.argv[1])
-encoder = GptOssEncoder(file._sizes, dtype=torch.bfloat16, device="meta")
+encoder = GptOssEncoder(file.sizes, dtype=torch.bfloat16, device="meta")
 Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
 before = status("VmRSS")
 encoder = GptOssEncoder(file.config, dtype=torch.bfloat16, device="meta")
