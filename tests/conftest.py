@@ -44,7 +44,7 @@ def nano_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def picture_prompt() -> Callable[..., dict[str, Any]]:
-    """Builds an API prompt that draws a 512-pixel picture; keyword arguments override inputs, given
+    """Builds an API prompt that draws a 256-pixel picture; keyword arguments override inputs, given
     as node__input, for example ``sampler__steps=3``."""
 
     def build(**overrides: Any) -> dict[str, Any]:
@@ -55,7 +55,7 @@ def picture_prompt() -> Callable[..., dict[str, Any]]:
             "text": ("LensTextEncode", {"clip": ["encoder", 0], "prompt": "a circle", "negative": ""}),
             "size": (
                 "LensEmptyLatent",
-                {"base_resolution": "512", "aspect_ratio": "1:1", "batch_size": 1},
+                {"base_resolution": "256", "aspect_ratio": "1:1", "batch_size": 1},
             ),
             "sampler": (
                 "LensSampler",
