@@ -89,10 +89,9 @@ class LensModelLoader(io.ComfyNode):
         node_id = getattr(cls.hidden, "unique_id", None)
         with telling(node_id):
             model, variant = shelved_model(model_name, held, mode)
-        say(
-            f"{variant.name}: {variant.steps} steps, cfg {variant.cfg:g}. {model.model_size() / 1e9:.1f} GB",
-            node_id,
-        )
+        size = model.model_size()
+        size_told = f"{size / 1e6:.0f} MB" if size < 5e7 else f"{size / 1e9:.1f} GB"  # nano Lens has MB
+        say(f"{variant.name}: {variant.steps} steps, cfg {variant.cfg:g}. {size_told}", node_id)
         return io.NodeOutput(model, variant.steps, variant.cfg)
 
 
