@@ -43,7 +43,7 @@ def test_loading_a_denoiser(node, said, every_line, name, words):
     node("LensModelLoader").execute(model_name=name, dtype="float32")
     *lines, last = said
     assert lines and all(re.fullmatch(words, line) for line in lines)
-    assert re.fullmatch(r"Lens: 20 steps, cfg 5\. 0\.0 GB", last)
+    assert re.fullmatch(r"Lens: 20 steps, cfg 5\. 8 MB", last)
 
 
 def test_shards_are_counted_in_reading_order(progress_module):

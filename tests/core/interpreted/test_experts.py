@@ -37,19 +37,24 @@ def routed(tokens: int, experts: int, slots: int = 4) -> tuple[Tensor, Tensor]:
     return chosen.int(), logits.softmax(-1)
 
 
-@pytest.mark.parametrize("form", FORMATS)
+# Experts, hidden, inner, tokens, rows of a tile, dtype.
+SIZES = [
+    # 160 and 224 are no multiples of a row block (64, 128), 40 and 56 words none of a word block (32).
+    (8, 160, 224, 20, 16, torch.float16),
+    (8, 160, 224, 20, 16, torch.bfloat16),
+    (8, 96, 320, 45, 32, torch.float16),
+    (8, 352, 96, 90, 64, torch.bfloat16),  # three word blocks, the last one of 24
+    (4, 96, 160, 70, 64, torch.float16),  # an expert has more rows than a tile
+    (4, 128, 256, 10, 16, torch.bfloat16),  # 32 words: nothing to mask
+    (32, 32, 32, 1, 16, torch.float16),
+]
+
+
+# Each size in one of the formats; small ones in both.
 @pytest.mark.parametrize(
-    ("experts", "hidden", "inner", "tokens", "tile", "dtype"),
-    [
-        # 160 and 224 are no multiples of a row block (64, 128), 40 and 56 words none of a word block (32).
-        (8, 160, 224, 20, 16, torch.float16),
-        (8, 160, 224, 20, 16, torch.bfloat16),
-        (8, 96, 320, 45, 32, torch.float16),
-        (8, 352, 96, 90, 64, torch.bfloat16),  # three word blocks, the last one of 24
-        (4, 96, 160, 70, 64, torch.float16),  # an expert has more rows than a tile
-        (4, 128, 256, 10, 16, torch.bfloat16),  # 32 words: nothing to mask
-        (32, 32, 32, 1, 16, torch.float16),
-    ],
+    ("experts", "hidden", "inner", "tokens", "tile", "dtype", "form"),
+    [(*size, tuple(FORMATS)[index % 2]) for index, size in enumerate(SIZES)]
+    + [(*size, tuple(FORMATS)[1 - index % 2]) for index, size in enumerate(SIZES) if index >= 4],
     ids=str,
 )
 def test_experts(
