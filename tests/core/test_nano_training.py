@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import random
+import socket
 from dataclasses import replace
 
 import pytest
@@ -20,9 +23,10 @@ from tools.nano.configs import DENOISER, encoder_config
 from tools.nano.denoiser import TrainedDenoiser
 from tools.nano.distill import Distillation, levels_between, twin
 from tools.nano.encoder import TrainedEncoder
-from tools.nano.flow import training_mu
+from tools.nano.flow import FlowStep, training_mu
 from tools.nano.properties import PROPERTIES, properties
 from tools.nano.scenes import COLOURS, SIZES, sample_scene
+from tools.nano.team import EVERY, Team
 from tools.nano.train_encoder import Probes
 from tools.nano.training import Masters
 
@@ -217,6 +221,50 @@ def test_each_of_the_last_tokens_tells_its_own_part(back: int):
         assert before.shape[:2] == (4, 3)
         assert torch.equal(before, kept if index in mine else changed)
         assert not torch.equal(before, changed if index in mine else kept)
+
+
+def _learn_apart(rank: int, port: int, found: multiprocessing.Queue) -> None:
+    """A process of two goes its own way; the first says at their third meeting that it is over."""
+    os.environ |= {"RANK": f"{rank}", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}"}
+    team, layer, step = Team(), torch.nn.Linear(4, 4, bias=False), 0
+    masters, over = Masters(layer.parameters()), iter([False, False, rank == 0])
+    while team.goes_on(step, lambda: next(over), masters):
+        masters.values[0].fill_(10.0 * rank + step)
+        step += 1
+    found.put((rank, step, layer.weight.unique().tolist()))
+
+
+def test_a_team_holds_the_mean_and_ends_together():
+    forked = multiprocessing.get_context("fork")
+    found = forked.Queue()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    workers = [forked.Process(target=_learn_apart, args=(rank, port, found)) for rank in range(2)]
+    for worker in workers:
+        worker.start()
+    told = sorted(found.get(timeout=60) for _ in workers)
+    for worker in workers:
+        worker.join()
+    # One had gone to 199, the other to 209.
+    assert told == [(rank, 2 * EVERY, [2 * EVERY - 1 + 5.0]) for rank in range(2)]
+
+
+@pytest.mark.parametrize("tokens", [(4, 4), (16, 16)])
+def test_half_of_the_pictures_learn_where_the_sampler_is(tokens: tuple[int, int]):
+    """At the first steps' levels the paper's distribution has hardly any."""
+    torch.manual_seed(0)
+    step = FlowStep(LensDenoiser(DENOISER), None, tokens)
+    levels = step.noise_levels(20_000, torch.device("cpu"))
+    scheduled, normal = levels.chunk(2)
+    of_run = sigmas(20, tokens[0] * tokens[1])
+    for level in of_run[[1, 5, 10, 15]]:
+        share = (of_run[:-1] > level).float().mean()
+        # A level is one of 20, and of 10,000 a share is known to 0.01.
+        assert ((scheduled > level).float().mean() - share).abs() < 0.06
+    assert (normal > of_run[3]).float().mean() < 0.02 < 0.1 < (scheduled > of_run[3]).float().mean()
+    # A logit-normal's mean; 10,000 of deviation 1.
+    assert (normal.logit().mean() - step.mu).abs() < 0.04
 
 
 def test_in_four_bits_parameters_are_rounded_and_masters_are_not():

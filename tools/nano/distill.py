@@ -28,6 +28,7 @@ from .export import export
 from .feed import batches
 from .models import Models, clear
 from .scenes import SIZES, Size
+from .team import Team
 from .training import (
     Clock,
     Curves,
@@ -122,46 +123,67 @@ def twin(student: LensDenoiser) -> LensDenoiser:
     return found
 
 
+class Distilling:
+    """A run's state: teacher, student, the lessons of each size, and at which step it is."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.team, self.step = args, Team(), 0
+        device = torch.device(args.device)
+        self.models = Models(args.out, device)
+        teacher = self.models.denoiser
+        teacher.load_state_dict(torch.load(args.out / "trained.pt", map_location=device))
+        self.student = TrainedDenoiser(DENOISER).to(device, torch.bfloat16)
+        self.student.load_state_dict(teacher.state_dict())
+        self.masters = Masters(
+            self.student.parameters(), 300, rounded=self.student.hidden(), four_bits=args.four_bits
+        )
+        self.path, self.curves = args.out / "distill_resume.pt", Curves(args.out / "distill.json")
+        if self.path.exists():
+            kept = torch.load(self.path, map_location=device)
+            self.masters.load(kept["masters"])
+            self.step = kept["step"]
+        teacher.requires_grad_(False)
+        shared = teacher, self.student, twin(self.student), self.masters
+        self.lessons = {size: Distillation(*shared, size, args.parts, args.scale) for size in SIZES}
+
+    def run(self, clock: Clock) -> None:
+        """Steps to the end, or until the clock is over."""
+        args, device = self.args, self.models.device
+        seed = self.team.seed(args.seed + self.step)
+        torch.manual_seed(seed)
+        rng = random.Random(seed)
+        feed = batches(self.models.tokenizer_json, args.batch, args.workers, seed + 77)
+        while self.team.goes_on(self.step, lambda: clock.ended(self.step, args.steps), self.masters):
+            batch, part = next(feed), rng.randrange(STEPS)
+            share = clock.share(self.step, args.steps)
+            self.masters.rate.fill_(rate_at(self.step, share, args.rate, warm_up=100))
+            text = self.models.features(batch.tails.to(device))
+            error, norm = self.lessons[batch.size](part, text, batch.real.to(device))
+            # Each step's own error; a hundred of them hold each part some 25 times.
+            values = torch.zeros(len(NAMES), device=device)
+            values[part], values[-1] = error * STEPS, norm
+            self.curves.add(self.step, NAMES, values)
+            self.step += 1
+
+    def finish(self) -> None:
+        """Checkpoint, curves and the folder with the averaged weights, by a team's first process."""
+        if not self.team.leads:
+            return
+        save_checkpoint(self.path, {"masters": self.masters.state(), "step": self.step})
+        self.curves.save()
+        self.masters.show(self.masters.average)
+        folder = self.args.out / "lens-turbo"
+        clear(folder)
+        weights = {name: value.detach().cpu() for name, value in self.student.state_dict().items()}
+        export(folder, weights, None, None, None, LENS_TURBO)
+
+
 def distil(args: argparse.Namespace) -> bool:
     """Teach for so many minutes at most; True once all steps are done and ``lens-turbo/`` is exported."""
-    torch.manual_seed(args.seed)
-    device = torch.device(args.device)
-    models = Models(args.out, device)
-    models.denoiser.load_state_dict(torch.load(args.out / "trained.pt", map_location=device))
-    student = TrainedDenoiser(DENOISER).to(device, torch.bfloat16)
-    student.load_state_dict(models.denoiser.state_dict())
-    masters = Masters(student.parameters(), 300, rounded=student.hidden(), four_bits=args.four_bits)
-    teacher, walker = models.denoiser.requires_grad_(False), twin(student)
-    path, first = args.out / "distill_resume.pt", 0
-    if path.exists():
-        kept = torch.load(path, map_location=device)
-        masters.load(kept["masters"])
-        first = kept["step"]
-        torch.manual_seed(args.seed + first)
-    lessons = {
-        size: Distillation(teacher, student, walker, masters, size, args.parts, args.scale) for size in SIZES
-    }
-    feed = batches(models.tokenizer_json, args.batch, args.workers, args.seed + 77 + first)
-    curves, rng = Curves(args.out / "distill.json"), random.Random(args.seed + first)
-    clock, index = Clock(args.minutes, args.finish), first
-    while clock.share(index, args.steps) < 1 and not clock.over():
-        batch, part = next(feed), rng.randrange(STEPS)
-        masters.rate.fill_(rate_at(index, clock.share(index, args.steps), args.rate, warm_up=100))
-        text = models.features(batch.tails.to(device))
-        error, norm = lessons[batch.size](part, text, batch.real.to(device))
-        # Each step's own error; a hundred of them hold each part some 25 times.
-        values = torch.zeros(len(NAMES), device=device)
-        values[part], values[-1] = error * STEPS, norm
-        curves.add(index, NAMES, values)
-        index += 1
-    save_checkpoint(path, {"masters": masters.state(), "step": index})
-    curves.save()
-    masters.show(masters.average)
-    folder = args.out / "lens-turbo"
-    clear(folder)
-    weights = {name: value.detach().cpu() for name, value in student.state_dict().items()}
-    export(folder, weights, None, None, None, LENS_TURBO)
-    return clock.share(index, args.steps) >= 1
+    distilling, clock = Distilling(args), Clock(args.minutes, args.finish)
+    distilling.run(clock)
+    distilling.finish()
+    return clock.share(distilling.step, args.steps) >= 1
 
 
 def main() -> None:

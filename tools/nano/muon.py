@@ -7,7 +7,7 @@ takes one small matrix after the other.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -15,6 +15,14 @@ from torch import Tensor
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _ITERATIONS = 5
 _MOMENTUM = 0.95
+
+
+def by(indices: Iterable[int], key: Callable[[int], Hashable]) -> list[list[int]]:
+    """``indices`` that have the same ``key``, together."""
+    found: dict[Hashable, list[int]] = {}
+    for index in indices:
+        found.setdefault(key(index), []).append(index)
+    return list(found.values())
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
@@ -40,15 +48,9 @@ class Muon:
         """``gradients`` of all values, in their order."""
         torch._foreach_lerp_(self.momenta, list(gradients), 1 - _MOMENTUM)
         ahead = torch._foreach_lerp(list(gradients), self.momenta, _MOMENTUM)
-        for indices in self._by_shape():
+        for indices in by(range(len(self.values)), lambda index: self.values[index].shape):
             direction = orthogonal(torch.stack([ahead[index] for index in indices]))
             size = 0.2 * max(direction.shape[-2:]) ** 0.5
             for index, part in zip(indices, direction, strict=True):
                 value = self.values[index]
                 value.sub_(self.rate * (size * part + self.decay * value))
-
-    def _by_shape(self) -> list[list[int]]:
-        found: dict[tuple[int, ...], list[int]] = {}
-        for index, value in enumerate(self.values):
-            found.setdefault(tuple(value.shape), []).append(index)
-        return list(found.values())

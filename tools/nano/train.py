@@ -19,6 +19,7 @@ from .flow import NAMES, FlowStep
 from .models import Models, write
 from .pool import Pool
 from .scenes import SIZES
+from .team import Team
 from .training import (
     Clock,
     Curves,
@@ -39,7 +40,7 @@ class Training:
     """A run's state: what learns, from which pictures, and at which step it is."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.args, self.step = args, 0
+        self.args, self.step, self.team = args, 0, Team()
         self.models = Models(args.out, torch.device(args.device))
         denoiser = self.models.denoiser
         if args.begin is not None:
@@ -53,16 +54,17 @@ class Training:
             kept = torch.load(self.path, map_location=args.device)
             self.step = kept["step"]
             self.masters.load(kept["masters"])
-        torch.manual_seed(args.seed + self.step)
-        feed = batches(self.models.tokenizer_json, min(_NEW, args.pool), args.workers, args.seed + self.step)
+        self.seed = self.team.seed(args.seed + self.step)
+        torch.manual_seed(self.seed)
+        feed = batches(self.models.tokenizer_json, min(_NEW, args.pool), args.workers, self.seed)
         self.pool = Pool(self.models, feed, args.pool)
 
     def run(self, clock: Clock) -> None:
         """Steps to the end, or until the clock is over."""
-        args, rng = self.args, random.Random(self.args.seed + self.step)
+        args, rng = self.args, random.Random(self.seed)
         denoiser = self.models.denoiser
         steps = {size: Recorded(FlowStep(denoiser, self.masters, token_grid(*size))) for size in SIZES}
-        while clock.share(self.step, args.steps) < 1 and not clock.over():
+        while self.team.goes_on(self.step, lambda: clock.ended(self.step, args.steps), self.masters):
             self.masters.rate.fill_(rate_at(self.step, clock.share(self.step, args.steps), args.rate))
             size = rng.choice(SIZES)
             self.curves.add(self.step, NAMES, steps[size](*self.pool.draw(size, args.batch)))
@@ -73,13 +75,17 @@ class Training:
                 self.save()
 
     def save(self) -> None:
-        """A checkpoint and the curves."""
+        """A checkpoint and the curves; a team's first process has them."""
+        if not self.team.leads:
+            return
         save_checkpoint(self.path, {"masters": self.masters.state(), "step": self.step})
         self.curves.save()
 
     def finish(self) -> None:
         """Checkpoint, the averaged weights, and the folder in diffusers' layout."""
         self.save()
+        if not self.team.leads:
+            return
         self.masters.show(self.masters.average)
         save_checkpoint(self.args.out / "trained.pt", self.models.denoiser.state_dict())
         write(self.args.out / "lens", self.models)

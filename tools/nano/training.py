@@ -17,7 +17,7 @@ from lens_core.quant.layer_format import affine4
 from lens_core.quant.linear import dequantize, quantize
 from lens_core.quant.policy import fits
 
-from .muon import Muon
+from .muon import Muon, by
 
 
 def run_flags(
@@ -115,10 +115,12 @@ class Masters:
     def _round(self) -> None:
         """By chance, all of ``rounded`` as the product's 4 bits hold them."""
         now = torch.rand((), device=self.rate.device) < self.four_bits
-        for index in self._rounded:
-            parameter, value = self.parameters[index], self.values[index]
-            in_four = dequantize(quantize(value, affine4), parameter.dtype)
-            parameter.copy_(torch.where(now, in_four, parameter))
+        for same in by(self._rounded, lambda index: self.values[index].shape[1]):
+            joined = torch.cat([self.values[index] for index in same])  # of thousands of rows, each by itself
+            in_four = dequantize(quantize(joined, affine4), self.parameters[same[0]].dtype)
+            parts = in_four.split([len(self.values[index]) for index in same])
+            for index, part in zip(same, parts, strict=True):
+                self.parameters[index].copy_(torch.where(now, part, self.parameters[index]))
 
     def state(self) -> dict[str, Any]:
         """All that a later run needs to go on."""
@@ -198,6 +200,10 @@ class Clock:
     def over(self) -> bool:
         """Whether this run must end."""
         return time.monotonic() - self.start >= self.seconds
+
+    def ended(self, step: int, steps: int) -> bool:
+        """Whether the run must end or the training is done."""
+        return self.over() or self.share(step, steps) >= 1
 
     def share(self, step: int, steps: int) -> float:
         """1: the training is done."""
