@@ -44,6 +44,7 @@ def drawn(
     variant: str,
     change: Callable[[Any], None] = lambda denoiser: None,
     count: int | None = None,
+    cfg: float | None = None,
     **changes: Any,
 ) -> Judged:
     """What is right in each picture; ``change`` the denoiser, ``changes`` of how it is used."""
@@ -53,7 +54,7 @@ def drawn(
     count = count or COUNTS[variant]
     scenes, steps = nano.held_out(count), nano.VARIANTS[variant].steps
     changes = {"features": features(variant)[:count], **changes}
-    pictures = draw(model, scenes, steps, nano.guidance(variant), **changes)
+    pictures = draw(model, scenes, steps, cfg or nano.guidance(variant), **changes)
     return [judge(scene, picture.numpy()) for scene, picture in zip(scenes, pictures, strict=True)]
 
 
@@ -103,10 +104,14 @@ def test_eight_bits_change_hardly_a_picture():
 
 
 def test_modulation_in_four_bits_ruins_pictures():
-    """The reason for the policy: the same bits everywhere but there keep two thirds of the shapes."""
-    every = shares(drawn("lens-turbo", modes([BAD], CPU)[BAD], FEW))
-    assert every["shape"] < 0.25
-    assert every["colour"] < measured("lens-turbo", "uint4_sdnq")["colour"] - 0.3
+    """The reason for the policy: the same bits everywhere but there keep nine tenths of the shapes. By the
+    table it costs 31 points of the shapes, 22 of the colours: more than chance in so few pictures."""
+    every, kept = (
+        shares(drawn("lens-turbo", modes([BAD], CPU)[BAD], FEW)),
+        shares(in_mode("uint4_sdnq")[:FEW]),
+    )
+    assert every["shape"] < kept["shape"] - 0.2, (every, kept)
+    assert every["colour"] < kept["colour"] - 0.1, (every, kept)
 
 
 def test_layers_in_the_wrong_order_are_noticed():
@@ -114,3 +119,26 @@ def test_layers_in_the_wrong_order_are_noticed():
     wrong = shares(drawn("lens-turbo", count=FEW, features=nano.reversed_layers(few)))
     for name in ("background", "colour", "shape", "relation"):
         assert wrong[name] < 0.4, name
+
+
+def test_the_wrong_schedule_is_noticed():
+    """Turbo with a constant shift: by the table 20 of 384 pictures lose their colour."""
+    wrong = drawn("lens-turbo", schedule=nano.constant_shift)
+    pairs = list(zip(plain("lens-turbo"), wrong, strict=True))
+    lost = sum(own["colour"] and not other["colour"] for own, other in pairs)
+    won = sum(other["colour"] and not own["colour"] for own, other in pairs)
+    assert lost >= won + 3, (lost, won)
+
+
+def test_guidance_without_its_norm_is_noticed():
+    """Which is what guidance is elsewhere; at a scale that Turbo, guided already, hardly bears."""
+
+    def plain_guidance(
+        x: torch.Tensor, sigma: torch.Tensor, wanted: torch.Tensor, unwanted: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        return unwanted + scale * (wanted - unwanted)
+
+    few = {"count": FEW, "cfg": 3.0}
+    own, wrong = (shares(drawn("lens-turbo", **few, **guide)) for guide in ({}, {"guide": plain_guidance}))
+    for name in ("background", "colour", "shape"):
+        assert wrong[name] < own[name] - 0.1, (name, wrong, own)

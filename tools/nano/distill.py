@@ -162,7 +162,8 @@ class Distilling:
             # Each step's own error; a hundred of them hold each part some 25 times.
             values = torch.zeros(len(NAMES), device=device)
             values[part], values[-1] = error * STEPS, norm
-            self.curves.add(self.step, NAMES, values)
+            if self.team.leads:
+                self.curves.add(self.step, NAMES, values)
             self.step += 1
 
     def finish(self) -> None:

@@ -67,7 +67,9 @@ class Training:
         while self.team.goes_on(self.step, lambda: clock.ended(self.step, args.steps), self.masters):
             self.masters.rate.fill_(rate_at(self.step, clock.share(self.step, args.steps), args.rate))
             size = rng.choice(SIZES)
-            self.curves.add(self.step, NAMES, steps[size](*self.pool.draw(size, args.batch)))
+            values = steps[size](*self.pool.draw(size, args.batch))
+            if self.team.leads:
+                self.curves.add(self.step, NAMES, values)
             self.step += 1
             if self.step % args.renew == 0:
                 self.pool.add()
