@@ -40,9 +40,8 @@ def _poisoned_memory(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.fixture(scope="session", autouse=True)
 def _language_searched_once():
-    """The interpreter puts its own functions into ``triton.language`` when a kernel starts or calls a function,
-    and takes them out at a kernel's end. The search for what to replace is a third of all time: here they stay.
-    """
+    """The interpreter puts its own functions into ``triton.language`` when a kernel starts or calls another,
+    and takes them out at a kernel's end. To search it is a third of all time: here they stay."""
     import triton.language as tl
     from triton.runtime import interpreter
 
@@ -58,8 +57,8 @@ def _language_searched_once():
 
 @pytest.fixture(scope="session", autouse=True)
 def _no_sums_for_nothing():
-    """The interpreter computes each sum of integers once more in 64 bits to see whether it overflows, and says
-    so in its debug mode alone, which this is not."""
+    """The interpreter computes each sum of integers once more in 64 bits to see whether it overflows, and
+    says so in its debug mode alone, which this is not."""
     from triton.runtime import interpreter
 
     options = interpreter.InterpreterOptions(sanitize_overflow=False)
