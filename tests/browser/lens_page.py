@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -55,12 +56,12 @@ class LensPage:
     def open(self) -> None:
         """Open the page, or open it again, and wait until it can be used.
 
-        Now and then one on a busy machine never comes: what it has is printed, and it is opened once more."""
+        Now and then one on a busy machine never comes: a warning says what it has, and it is opened again."""
         try:
             self._open()
         except TimeoutError as error:
-            print(f"The page did not open: {error}\n{self.page.evaluate(STATE)}")
             self.screenshot(f"not open-{self.renderer}")
+            warnings.warn(f"The page did not open: {error}\n{self.page.evaluate(STATE)}", stacklevel=2)
             self._open()
 
     def _open(self) -> None:
