@@ -19,6 +19,7 @@ def add(page: LensPage) -> None:
     )
     page.fit()
     page.page.locator(".lens-aspect").wait_for()
+    page.fit()  # the node has grown by its picker
 
 
 def chosen(page: LensPage) -> list[str]:

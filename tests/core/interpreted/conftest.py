@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterable
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -38,18 +40,72 @@ def _poisoned_memory(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.fixture(scope="session", autouse=True)
 def _language_searched_once():
-    """The interpreter puts its own functions into ``triton.language`` when a kernel starts, and once more at
-    each call of a function within one: there only Triton's own functions, which see ``triton.language.core``,
-    find any left to put in, and only the first time. The search is a third of all time."""
+    """The interpreter puts its own functions into ``triton.language`` when a kernel starts or calls another,
+    and takes them out at a kernel's end. To search it is a third of all time: here they stay."""
     import triton.language as tl
     from triton.runtime import interpreter
 
     def call(self: interpreter.InterpretedFunction, *args: object, **kwargs: object) -> object:
         return self.rewrite()(*args, **kwargs)
 
-    interpreter._patch_lang(tl.sum.fn)
+    interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(interpreter.InterpretedFunction, "__call__", call)
+        patch.setattr(interpreter, "_patch_lang", lambda kernel: interpreter._LangPatchScope())
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_sums_for_nothing():
+    """The interpreter computes each sum of integers once more in 64 bits to see whether it overflows, and
+    says so in its debug mode alone, which this is not."""
+    from triton.runtime import interpreter
+
+    options = interpreter.InterpreterOptions(sanitize_overflow=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter.interpreter_builder, "options", options)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _types_made_once():
+    """Each number in a kernel has a type with its shape, which Triton makes and checks anew each time."""
+    from triton.language import core
+    from triton.runtime import interpreter
+
+    make_type, make_tensor, numpy_type = (
+        core.block_type.__init__,
+        core.tensor.__init__,
+        interpreter._get_np_dtype,
+    )
+    types: dict[tuple, dict[str, object]] = {}
+    shapes: dict[str, dict[str, object]] = {}
+    of_numpy: dict[str, np.dtype] = {}
+
+    def type_of(self: core.block_type, element_ty: core.dtype, shape: Iterable) -> None:
+        key = (element_ty.name, *[getattr(length, "value", length) for length in shape])
+        if key not in types:
+            make_type(self, element_ty, shape)
+            types[key] = vars(self).copy()
+        vars(self).update(types[key])
+
+    def tensor(self: core.tensor, handle: object, type: core.dtype) -> None:
+        if type.name not in shapes:
+            make_tensor(self, None, type)
+            shapes[type.name] = vars(self).copy()
+        vars(self).update(shapes[type.name])
+        self.handle, self.type = handle, type
+
+    def dtype_of(kind: core.dtype) -> np.dtype:
+        name = kind.scalar.name
+        if name not in of_numpy:
+            of_numpy[name] = numpy_type(kind)
+        return of_numpy[name]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(core.block_type, "__init__", type_of)
+        patch.setattr(core.tensor, "__init__", tensor)
+        patch.setattr(interpreter, "_get_np_dtype", dtype_of)
         yield
 
 
