@@ -9,7 +9,7 @@ from .host import paths
 from .host.choice import check_choice
 from .host.clip import load_clip
 from .host.draft_vae import DRAFT, draft_choices, load_draft_vae
-from .host.progress import say, telling
+from .host.progress import say, size_in_words, telling
 from .host.settings import one_of
 from .host.shelf import hold, shelved_model
 from .host.vae import load_host_vae
@@ -89,9 +89,8 @@ class LensModelLoader(io.ComfyNode):
         node_id = getattr(cls.hidden, "unique_id", None)
         with telling(node_id):
             model, variant = shelved_model(model_name, held, mode)
-        size = model.model_size()
-        size_told = f"{size / 1e6:.0f} MB" if size < 5e7 else f"{size / 1e9:.1f} GB"  # nano Lens has MB
-        say(f"{variant.name}: {variant.steps} steps, cfg {variant.cfg:g}. {size_told}", node_id)
+        size = size_in_words(model.model_size())
+        say(f"{variant.name}: {variant.steps} steps, cfg {variant.cfg:g}. {size}", node_id)
         return io.NodeOutput(model, variant.steps, variant.cfg)
 
 

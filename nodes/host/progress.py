@@ -106,3 +106,8 @@ def say(text: str, node_id: str | None) -> None:
     server = getattr(PromptServer, "instance", None)
     if text and node_id is not None and server is not None:
         server.send_progress_text(text, node_id)
+
+
+def size_in_words(size: int) -> str:
+    """Of ``size`` bytes of weights: Lens has gigabytes, nano Lens megabytes."""
+    return f"{size / 1e6:.0f} MB" if size < 5e7 else f"{size / 1e9:.1f} GB"

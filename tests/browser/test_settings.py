@@ -76,7 +76,17 @@ def test_the_settings_page_has_them_and_clears_the_cache(page: LensPage) -> None
     page.page.get_by_role("button", name="Lens", exact=True).click()
     page.page.get_by_text("A chosen checkpoint sets steps and cfg").wait_for()
     page.screenshot("settings")
-    page.page.get_by_role("button", name="Clear", exact=True).click()
-    page.page.get_by_role("button", name="Confirm").click()
+    clear = page.page.get_by_role("button", name="Clear", exact=True)
+    clear.click()
+    page.page.get_by_role("button", name="Delete all features?").press("Tab")
+    clear.click()
+    page.page.get_by_role("button", name="Delete all features?").click()
     page.page.locator(".p-toast-message", has_text="MB freed").wait_for()
     page.page.keyboard.press("Escape")
+
+
+@one_renderer
+def test_the_command_asks_before_it_clears_the_cache(page: LensPage) -> None:
+    page.command("Lens.ClearFeatureCache", wait=False)
+    page.page.get_by_role("button", name="Confirm").click()
+    page.page.locator(".p-toast-message", has_text="MB freed").wait_for()

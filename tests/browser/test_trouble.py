@@ -40,4 +40,6 @@ def test_a_failed_node_is_named(page: LensPage, cut_file: str):
     run = page.run()
     assert run.status == "error"
     assert "cut.safetensors is cut short" in run.error["exception_message"]
-    overlay.filter(has_text="Lens Model Loader").wait_for()
+    overlay.wait_for()  # the page's own: its words are other ones in each version
+    toast = page.page.locator(".p-toast-message", has_text="Lens Model Loader")
+    assert "cut.safetensors is cut short" in toast.inner_text()

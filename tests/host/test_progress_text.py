@@ -46,6 +46,11 @@ def test_loading_a_denoiser(node, said, every_line, name, words):
     assert re.fullmatch(r"Lens: 20 steps, cfg 5\. 8 MB", last)
 
 
+@pytest.mark.parametrize("size, words", [(8_100_000, "8 MB"), (7_740_000_000, "7.7 GB")])
+def test_the_size_of_a_model(progress_module, size, words):
+    assert progress_module.size_in_words(size) == words
+
+
 def test_shards_are_counted_in_reading_order(progress_module):
     header = {str(index): SimpleNamespace(path=f"{'abc'[index // 4]}.safetensors") for index in range(12)}
     words = progress_module.loading(SimpleNamespace(header=header))

@@ -26,14 +26,31 @@ function fromNode(type, input) {
 }
 
 async function clearFeatureCache() {
-  const message = "Delete the features of all prompts? They are computed anew when a prompt is used again.";
-  if (!(await app.extensionManager.dialog.confirm({ title: "Clear the feature cache", message }))) return;
   try {
     const { freed } = await ask("/lens/feature_cache/clear", POST);
     toast("success", "Lens", `Feature cache: ${(freed / 1e6).toFixed(1)} MB freed.`);
   } catch (error) {
     toast("error", "Lens", `The feature cache could not be cleared: ${error.message}`);
   }
+}
+
+async function askAndClear() {
+  const message = "Delete the features of all prompts? They are computed anew when a prompt is used again.";
+  if (await app.extensionManager.dialog.confirm({ title: "Clear the feature cache", message })) {
+    await clearFeatureCache();
+  }
+}
+
+/** Pressed twice it clears: in ComfyUI 0.27 the page's own question would open behind the settings. */
+function clearButton() {
+  const [first, second] = ["Clear", "Delete all features?"];
+  const button = makeButton(first, () => {
+    const sure = button.textContent === second;
+    button.textContent = sure ? first : second;
+    if (sure) clearFeatureCache();
+  });
+  button.addEventListener("blur", () => (button.textContent = first));
+  return button;
 }
 
 /** @type {Object[]} the last is shown first */
@@ -82,7 +99,7 @@ const SETTINGS = [
     category: ["Lens", "Feature cache", "Clear"],
     name: "Clear the feature cache",
     tooltip: "Deletes the text features of all prompts from the disk.",
-    type: () => makeButton("Clear", () => app.extensionManager.command.execute(CLEAR)),
+    type: clearButton,
     defaultValue: null,
   },
   {
@@ -112,7 +129,7 @@ app.registerExtension({
   name: "lens.settings",
   settings: SETTINGS,
   commands: [
-    { id: CLEAR, label: "Lens: clear the feature cache", icon: "pi pi-trash", function: clearFeatureCache },
+    { id: CLEAR, label: "Lens: clear the feature cache", icon: "pi pi-trash", function: askAndClear },
   ],
   setup() {
     // A file in API format is read node by node; what it leaves out is the server's default.
