@@ -25,7 +25,7 @@ from tools.nano.sample import Parts, draw
 
 NANO, CPU = ROOT / "checkpoints" / "nano", torch.device("cpu")
 # Of Turbo, whose pictures cost a tenth, more; where hardly anything is right, few tell.
-COUNTS = {"lens": 27, "lens-turbo": 63}
+COUNTS = {"lens": 27, "lens-turbo": 45}
 FEW = 27
 Judged = list[dict[str, bool]]
 
@@ -97,10 +97,10 @@ def test_quantised_pictures_do_as_far_as_was_measured(mode: str):
 
 
 def test_eight_bits_change_hardly_a_picture():
-    """Of 63 pictures four may show something else: pictures at the edge of a wrong one."""
+    """Of 45 pictures three may show something else: pictures at the edge of a wrong one."""
     pairs = list(zip(in_mode("int8_weight_only"), plain("lens-turbo"), strict=True))
     for name in ("background", "colour"):
-        assert sum(one[name] != other[name] for one, other in pairs) <= 4, name
+        assert sum(one[name] != other[name] for one, other in pairs) <= 3, name
 
 
 def test_modulation_in_four_bits_ruins_pictures():
