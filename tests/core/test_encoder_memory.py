@@ -73,7 +73,6 @@ def loader() -> Iterator[subprocess.Popen[str]]:
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with subprocess.Popen(command, cwd=ROOT, text=True, **pipes) as process:
         yield process
-        process.stdin.close()
 
 
 @cache

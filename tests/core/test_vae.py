@@ -47,13 +47,18 @@ def statistics(reference: Any) -> tuple[Tensor, Tensor]:
     return mean, torch.sqrt(bn.running_var.view(1, -1, 1, 1) + reference.config.batch_norm_eps)
 
 
-def test_decode_equals_diffusers(vae: LensVAE, reference: Any):
+def decoded(reference: Any, latents: Tensor) -> Tensor:
+    """Packed latents as Flux2Pipeline decodes them."""
     from diffusers import Flux2Pipeline
 
-    latents = torch.randn(2, 128, 3, 5)
     mean, deviation = statistics(reference)
     unpacked = Flux2Pipeline._unpatchify_latents(latents * deviation + mean)
-    want = reference.decode(unpacked, return_dict=False)[0]
+    return reference.decode(unpacked, return_dict=False)[0]
+
+
+def test_decode_equals_diffusers(vae: LensVAE, reference: Any):
+    latents = torch.randn(2, 128, 3, 5)
+    want = decoded(reference, latents)
     assert want.shape == (2, 3, 48, 80)
     assert relative_l2(vae.decode_whole(latents), want) < SAME
     assert relative_l2(vae.decode(latents), want) < IN_STRIPS
@@ -74,16 +79,12 @@ def test_encode_equals_diffusers(vae: LensVAE, reference: Any):
 def test_in_bf16_a_trained_vaes_picture_is_fp32s():
     """Nano's, of a drawn picture, against diffusers' in fp32: 60 dB (diffusers' own bf16: 61). Random weights
     amplify rounding: 47 dB for all."""
-    from diffusers import AutoencoderKLFlux2, Flux2Pipeline
+    from diffusers import AutoencoderKLFlux2
 
     nano = Path(__file__).parents[2] / "checkpoints" / "nano" / "lens"
     picture = render(collate([sample_scene(random.Random(1), size=(256, 256))]), 256, 256)
-    reference = AutoencoderKLFlux2.from_pretrained(nano / "vae").eval()
-    mean, deviation = statistics(reference)
     latents = load_vae(nano, torch.float32).encode(picture)
-    want = reference.decode(Flux2Pipeline._unpatchify_latents(latents * deviation + mean), return_dict=False)[
-        0
-    ]
+    want = decoded(AutoencoderKLFlux2.from_pretrained(nano / "vae").eval(), latents)
     got = load_vae(nano, torch.bfloat16).decode(latents.bfloat16()).float()
     error = (got.clamp(-1, 1) - want.clamp(-1, 1)).square().mean()
     assert 10 * torch.log10(4 / error) > 55

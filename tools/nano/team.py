@@ -28,7 +28,7 @@ class Team:
         self.size = int(os.environ.get("WORLD_SIZE", 1))
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        if self.size > 1 and not dist.is_initialized():
+        if self.size > 1:
             dist.init_process_group("gloo")
 
     @property
