@@ -11,6 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# Parts of a strip at most: two for each of a large GPU's multiprocessors. More would take longer to combine,
+# and 6 bytes for each of their channels' 4 at the most.
+PARTS = 256
+
 
 def wide(value: Tensor) -> Tensor:
     """In fp32, or in fp64 if it is: what statistics are computed in."""

@@ -7,11 +7,13 @@ convolution of what is normalised. The picture is the same up to rounding; no ti
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
+from ..kernels.strips import PARTS
 from .strips import (
     CONV_WORKSPACE,
     MOMENTS_SCRATCH,
@@ -117,7 +119,9 @@ def decode_bytes(
 ) -> int:
     """Peak memory of ``strips.decode`` with this ``finest``; see ``strips.decode_bytes``.
 
-    At the finest level that is the larger of the tensors before and after enlarging, and the strips between.
+    At the finest level that is the larger of the tensors before and after enlarging, and the strips between;
+    of the tensor before, whose strips are of the usual size, the last is held to the end; and the moments,
+    which the kernels keep of each of so many strips.
     """
     height, width = 2 * height_tokens, 2 * width_tokens
     worst, before = 0, channels[-1]
@@ -129,7 +133,9 @@ def decode_bytes(
             rows = min(height, strip_rows(before, height, width, FINENESS))
             copy = 0 if fused or element_size >= 4 else 4
             between = width * ((5 * before + 5 * after) * element_size + copy * before) * (rows + 2)
-            worst = max(worst, int(kept) + between)
+            held = before * strip_rows(before, height // 2, width // 2) * width // 2 * element_size
+            moments = 12 * PARTS * after * math.ceil(height / rows) if fused else 0
+            worst = max(worst, int(kept) + between + held + moments)
         else:
             enlarged = level > 0
             worst = max(worst, level_bytes(before, after, height, width, element_size, fused, enlarged))

@@ -125,18 +125,22 @@ def test_pictures_of_a_batch_are_decoded_as_if_alone(widths: dict[torch.dtype, L
 
 
 @pytest.mark.usefixtures("few_rows")
-@pytest.mark.parametrize("dtype, bound", [(torch.float32, ROUNDING), (torch.bfloat16, 0.025)])
-def test_strips_round_no_more_than_whole_layers(widths: dict[torch.dtype, LensVAE], dtype, bound):
-    """Of the same 30 roundings the luck differs; the bound of bf16 is test_vae.py's for whole layers."""
+@pytest.mark.parametrize("dtype, bound, luck", [(torch.float32, ROUNDING, 2), (torch.bfloat16, 0.025, 1.25)])
+def test_strips_round_no_more_than_whole_layers(widths: dict[torch.dtype, LensVAE], dtype, bound, luck):
+    """Of the same 30 roundings the luck differs; the bound of bf16 is test_vae.py's for whole layers.
+
+    In fp32 what rounds are the convolutions' sums, and a CPU's library sums otherwise for another size: of
+    one picture whole layers are 1.1e-6 off with AVX-512 and 1.8e-6 with AVX2, strips 1.3e-6 with either.
+    """
     latents = torch.randn(1, 128, 6, 5).to(dtype)
     want = widths[torch.float64].decode_whole(latents.double())
     in_strips = relative_l2(widths[dtype].decode(latents), want)
     whole = relative_l2(widths[dtype].decode_whole(latents), want)
-    assert in_strips < 1.25 * whole and in_strips < bound
+    assert in_strips < luck * whole and in_strips < bound
     images = torch.rand(1, 3, 96, 80).to(dtype)
     want = widths[torch.float64].encode_whole(images.double())
     in_strips = relative_l2(widths[dtype].encode(images), want)
-    assert in_strips < 1.25 * relative_l2(widths[dtype].encode_whole(images), want) and in_strips < bound
+    assert in_strips < luck * relative_l2(widths[dtype].encode_whole(images), want) and in_strips < bound
 
 
 def filled(x: Tensor, rows: int) -> Strips:
@@ -275,9 +279,9 @@ def test_the_frugal_way_takes_half_and_no_more_than_predicted(config, elements, 
 
 
 def test_the_frugal_way_has_room_in_a_gigabyte():
-    """At 1440 x 1440, where the usual one has not."""
+    """At 1440 x 1440, where the usual one has not; an H200 took 0.79 GB."""
     usual, least = (way.decode_bytes((128, 256, 512, 512), 90, 90, 2, True) for way in (strips, frugal))
-    assert least < 0.8e9 and usual > 1e9
+    assert 0.79e9 < least < 0.85e9 and usual > 1e9
 
 
 @pytest.mark.parametrize("config", [VAE, WIDTHS], ids=["tiny", "widths"])

@@ -9,15 +9,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..strips import PARTS
 from . import strips
 from .launcher import cdiv, launch, power_of_2
 
 # Numbers in flight in a program of four warps: 32 a thread, so that with their sums and squares they stay in
 # registers.
 _NUMBERS, _WARPS = 4096, 4
-# Parts that a strip's moments are of: two for each of a large GPU's multiprocessors. More would take longer
-# to combine, and 6 bytes for each of their channels' 4 at the most.
-_PARTS = 256
 _AFFINE_WARPS = 8
 
 
@@ -26,7 +24,7 @@ def add_moments(strip: Tensor, bias: Tensor | None = None, residual: Tensor | No
     _check(strip)
     channels = strip.shape[1]
     pixels, block, at_once = _tiles(strip)
-    share = at_once * cdiv(cdiv(pixels, _PARTS), at_once)
+    share = at_once * cdiv(cdiv(pixels, PARTS), at_once)
     programs = cdiv(pixels, share)
     moments = torch.empty(programs, 3, channels, dtype=torch.float32, device=strip.device)
     constants = {
