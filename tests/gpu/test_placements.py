@@ -21,9 +21,12 @@ MODELS = {
 
 @pytest.fixture
 def draw(full_models: Path, tmp_path: Path, picture_prompt: Any) -> Callable[..., list[np.ndarray]]:
-    """Pictures by a server of its own; ``change`` edits the prompt of all but the first."""
+    """Pictures by a server of its own; ``change`` edits the prompt of all but the first, ``settings`` are
+    the sampler's."""
 
-    def run(*arguments: str, change: Callable[[dict[str, Any]], None] | None = None) -> list[np.ndarray]:
+    def run(
+        *arguments: str, change: Callable[[dict[str, Any]], None] | None = None, **settings: float
+    ) -> list[np.ndarray]:
         front_end = tmp_path / "front_end"
         front_end.mkdir(exist_ok=True)
         (front_end / "index.html").write_text("<html></html>")
@@ -31,7 +34,8 @@ def draw(full_models: Path, tmp_path: Path, picture_prompt: Any) -> Callable[...
         pictures = []
         with ComfyServer(tmp_path / "-".join(("comfy", *arguments)), full_models, flags) as server:
             for number in range(2):
-                prompt = picture_prompt(**MODELS, sampler__cfg=5.0)
+                prompt = picture_prompt(**MODELS)
+                prompt["sampler"]["inputs"] |= {"cfg": 5.0, **settings}
                 if number and change is not None:
                     change(prompt)
                 entry = server.wait(server.queue(prompt))
@@ -56,8 +60,10 @@ def test_start_flags_do_not_change_the_picture(draw):
 
 
 @pytest.mark.two_gpus
-def test_prompt_and_negative_on_two_gpus(draw):
-    """ComfyUI's MultiGPU node evaluates them at the same time, each on its GPU: the same picture."""
+@pytest.mark.parametrize("settings", [{}, {"cfg": 1.0, "nag_scale": 4.0}], ids=["guidance", "NAG"])
+def test_prompt_and_negative_on_two_gpus(draw, settings: dict[str, float]):
+    """ComfyUI's MultiGPU node evaluates them at the same time, each on its GPU; with NAG one evaluation
+    takes both. The same picture."""
 
     def split(prompt: dict[str, Any]) -> None:
         model = prompt["sampler"]["inputs"]["model"]
@@ -65,5 +71,5 @@ def test_prompt_and_negative_on_two_gpus(draw):
         prompt["split"] = {"class_type": "MultiGPU_WorkUnits", "inputs": inputs}
         prompt["sampler"]["inputs"]["model"] = ["split", 0]
 
-    alone, together = draw(change=split)
+    alone, together = draw(change=split, **settings)
     assert np.array_equal(alone, together)
