@@ -1,12 +1,13 @@
 """What quantisation does to velocities and pictures: every mode of the selector against bf16.
 
     python benchmarks/quality.py [--out FOLDER] [--seeds 4] [--steps 8] [--size 1024x1024] [--cfg 1]
-        [--model PATH [--vae PATH] | --tiny] [--modes NAME ...]
+        [--model PATH [--vae PATH] | --tiny] [--device cuda] [--modes NAME ...]
 
-Needs a CUDA GPU with 40 GB; --tiny runs on the CPU. Velocities are compared at bf16's latents, step by step;
-final latents and pictures are each mode's own. Without --model the weights are random: errors are real then,
-pictures are noise, and what a mode does to one as seen is trained weights' to say. Random weights also have
-no outliers, which trained ones have and which coarse formats do worst with.
+Needs a CUDA GPU with 40 GB; --tiny runs on the CPU, and --device cpu will do for nano Lens. Velocities are
+compared at bf16's latents, step by step; final latents and pictures are each mode's own. Without --model the
+weights are random: errors are real then, pictures are noise, and what a mode does to one as seen is trained
+weights' to say. Random weights also have no outliers, which trained ones have and which coarse formats do
+worst with.
 
 A grid of 16 pixels is looked for in each picture; ``all_linear_int4``, which rounds the modulation too, is
 there to show whether one would be found. With random weights it is (2.7 times bf16's grid energy with 24 of
@@ -106,9 +107,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", type=Path, help="trained weights: a Lens folder or a denoiser's file")
     parser.add_argument("--vae", type=Path, help="a FLUX.2 VAE's file or folder, if --model has none")
     parser.add_argument("--tiny", action="store_true", help="the tests' tiny model on the CPU")
+    parser.add_argument("--device", default="cuda", help="cpu will do for a model as small as nano Lens")
     parser.add_argument("--modes", nargs="+", help="all by default")
     args = parser.parse_args(arguments)
-    device = torch.device("cpu" if args.tiny else "cuda")
+    device = torch.device("cpu" if args.tiny else args.device)
     if args.model is not None:
         subject = from_files(args.model, args.vae, device)
     else:

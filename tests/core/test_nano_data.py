@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 from functools import cache
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -91,8 +92,9 @@ def changed(scene: Scene, what: str) -> Scene | None:
     if isinstance(main, Word):
         other = next(word for word in WORDS if word != main.text)
         return replace(scene, main=replace(main, text=other)) if what == "text" else None
+    shown = (main.shape, getattr(scene.other, "shape", None))
     values = {
-        "shape": SHAPES[SHAPES.index(main.shape) - 1],
+        "shape": next(name for name in SHAPES if name not in shown),
         "count": main.count % 3 + 1,
         "size": {"small": "large", "large": "small"}[main.size],
     }
@@ -196,6 +198,44 @@ def test_sizes_are_the_nine_of_base_256():
         assert picture(one).shape == (*size, 3)
     drawn_sizes = {(s.height, s.width) for s in (sample_scene(rng) for rng in [random.Random(4)] * 200)}
     assert drawn_sizes == set(SIZES)
+
+
+def inside(scene: Scene) -> list[tuple[int, tuple[float, float, float, float]]]:
+    """How many places each part has, and the half of the picture (left, top, right, bottom) it belongs to."""
+    height, width = scene.height, scene.width
+    halves = {
+        "left of": (0, 0, width / 2, height),
+        "right of": (width / 2, 0, width, height),
+        "above": (0, 0, width, height / 2),
+        "below": (0, height / 2, width, height),
+    }
+    parts = [scene.main] if scene.other is None else [scene.main, scene.other]
+    boxes = [(0, 0, width, height)]
+    if scene.relation is not None:
+        boxes = [halves[scene.relation], halves[OPPOSITE[scene.relation]]]
+    return [(getattr(part, "count", 1), box) for part, box in zip(parts, boxes, strict=True)]
+
+
+def test_groups_stand_together_near_the_middle_of_their_half():
+    """Within a cell of 8 pixels, a margin of 4 on every side, and 8 between two of a group."""
+    for scene in scenes(900, seed=6):
+        start = 0
+        for count, (left, top, right, bottom) in inside(scene):
+            places = scene.places[start : start + count]
+            start += count
+            xs, ys = [place.x for place in places], [place.y for place in places]
+            # A half's inside has the picture's margin on one side and less in the middle: 1 pixel more.
+            assert abs((min(xs) + max(xs) - left - right) / 2) <= 9
+            assert abs((min(ys) + max(ys) - top - bottom) / 2) <= 9
+            if not isinstance(scene.main if start == count else scene.other, Group):
+                continue
+            reach = places[0].across / 2 + 4
+            assert left <= min(xs) - reach and max(xs) + reach <= right
+            assert top <= min(ys) - reach and max(ys) + reach <= bottom
+            for one, other in pairwise(places):
+                apart = max(abs(one.x - other.x), abs(one.y - other.y)) - one.across
+                assert apart in (8, 16)
+        assert start == len(scene.places)
 
 
 def test_nothing_is_drawn_in_a_colour_that_its_background_has():

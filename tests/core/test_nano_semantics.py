@@ -10,7 +10,7 @@ import copy
 import json
 import math
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -104,14 +104,13 @@ def test_eight_bits_change_hardly_a_picture():
 
 
 def test_modulation_in_four_bits_ruins_pictures():
-    """The reason for the policy: the same bits everywhere but there keep nine tenths of the shapes. By the
-    table it costs 31 points of the shapes, 22 of the colours: more than chance in so few pictures."""
+    """The reason for the policy: the same bits everywhere but there keep nearly all of the shapes. By the
+    table it costs 27 points of the shapes, 10 of the colours: the former is more than chance in so few."""
     every, kept = (
         shares(drawn("lens-turbo", modes([BAD], CPU)[BAD], FEW)),
         shares(in_mode("uint4_sdnq")[:FEW]),
     )
     assert every["shape"] < kept["shape"] - 0.2, (every, kept)
-    assert every["colour"] < kept["colour"] - 0.1, (every, kept)
 
 
 def test_layers_in_the_wrong_order_are_noticed():
@@ -121,13 +120,18 @@ def test_layers_in_the_wrong_order_are_noticed():
         assert wrong[name] < 0.4, name
 
 
-def test_the_wrong_schedule_is_noticed():
-    """Turbo with a constant shift: by the table 20 of 384 pictures lose their colour."""
-    wrong = drawn("lens-turbo", schedule=nano.constant_shift)
-    pairs = list(zip(plain("lens-turbo"), wrong, strict=True))
-    lost = sum(own["colour"] and not other["colour"] for own, other in pairs)
-    won = sum(other["colour"] and not own["colour"] for own, other in pairs)
-    assert lost >= won + 3, (lost, won)
+@pytest.mark.parametrize("mu", [0.0, 4.0], ids=["no shift", "far too much"])
+def test_the_wrong_schedule_is_noticed(mu: float):
+    """By Turbo, of some 200 things that 45 prompts state. A constant mu of 1.15, which is wrong as well, so
+    small a model forgives: see the table."""
+    wrong = drawn("lens-turbo", schedule=partial(nano.constant_shift, mu=mu))
+    pairs = [
+        (own[name], other[name])
+        for own, other in zip(plain("lens-turbo"), wrong, strict=True)
+        for name in own
+    ]
+    lost, won = pairs.count((True, False)), pairs.count((False, True))
+    assert lost >= won + 4, (lost, won)
 
 
 def test_guidance_without_its_norm_is_noticed():

@@ -7,9 +7,11 @@ import os
 import random
 import socket
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from lens_core.denoiser import LensDenoiser
 from lens_core.encoder import GptOssEncoder
@@ -24,11 +26,13 @@ from tools.nano.denoiser import TrainedDenoiser
 from tools.nano.distill import Distillation, levels_between, twin
 from tools.nano.encoder import TrainedEncoder
 from tools.nano.flow import FlowStep, training_mu
+from tools.nano.models import Models, write
 from tools.nano.properties import PROPERTIES, properties
 from tools.nano.scenes import COLOURS, SIZES, sample_scene
 from tools.nano.team import EVERY, Team
 from tools.nano.train_encoder import Probes
 from tools.nano.training import Masters
+from tools.nano.unpack import dense, unpack
 
 # Properties that every scene has, and the one colour that no background fades to.
 ABSENT = {0: {0}, 1: {0}, 9: {0}, 10: {list(COLOURS).index("gray") + 1}, 11: {0}}
@@ -284,3 +288,20 @@ def test_in_four_bits_parameters_are_rounded_and_masters_are_not():
         assert torch.equal(odd, masters.values[1].bfloat16())
     # Of 40 by chance with 1/2: fewer than 8 or more than 32 once in 10,000 seeds.
     assert 8 <= sum(in_four) <= 32
+
+
+def test_a_published_folder_is_a_run_to_go_on_from(nano_models: Path, tmp_path: Path):
+    """Unpacked, read as training does and written again: the same files, experts by their values."""
+    published = nano_models / "lens"
+    unpack(published, tmp_path / "run")
+    run = Models(tmp_path / "run", torch.device("cpu"))
+    run.denoiser.load_state_dict(torch.load(tmp_path / "run" / "trained.pt"))
+    write(tmp_path / "again", run)
+    files = sorted(path.relative_to(published) for path in published.rglob("*.safetensors"))
+    assert len(files) == 3
+    for path in files:
+        was, now = (dense(load_file(folder / path)) for folder in (published, tmp_path / "again"))
+        assert was.keys() == now.keys()
+        assert all(torch.equal(was[name], now[name]) for name in was), path
+    tokenizer = Path("tokenizer", "tokenizer.json")
+    assert (tmp_path / "again" / tokenizer).read_text() == (published / tokenizer).read_text()

@@ -106,6 +106,12 @@ class TrainedEncoder(nn.Module):
                 state[f"model.layers.{layer}.self_attn.{letter}_proj.bias"] = bias
         return {name: tensor.detach() for name, tensor in state.items()}
 
+    @torch.no_grad()
+    def load(self, state: dict[str, Tensor]) -> None:
+        """What ``state`` gave, of any floating dtype."""
+        for name, mine in self.state().items():
+            mine.copy_(state[name])
+
     def _weights(self) -> list[dict[str, Tensor]]:
         """Each layer's, as it computes with them; unbound at once, or every layer's gradient were as large
         as all layers'."""

@@ -32,7 +32,7 @@ from .configs import DENOISER, GUIDANCE, VAE, encoder_config
 Weights = dict[str, Tensor]
 # Lens with nano's guidance.
 NANO = replace(LENS, cfg=GUIDANCE)
-_WEIGHTS = "diffusion_pytorch_model.safetensors"
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 def export(
@@ -52,7 +52,7 @@ def export(
     """
     written = Written(folder)
     write_denoiser_config(written, ".", DENOISER)
-    written.tensors(f"transformer/{_WEIGHTS}", _bf16(denoiser), variant_metadata(variant))
+    written.tensors(f"transformer/{WEIGHTS}", _bf16(denoiser), variant_metadata(variant))
     check_component(folder, "denoiser")
     if vae is not None:
         write_index(written, ".")

@@ -76,8 +76,6 @@ _MARGIN, _SPACING, _HALF_GAP = 4.0, 8.0, 2.0
 _HELD_OUT_OF_256 = 26
 _NAMES = tuple(COLOURS)
 _PAIRS = tuple(GRADIENTS)
-# (columns, rows) in which so many shapes fit.
-_GRIDS = {1: ((1, 1),), 2: ((1, 2), (2, 1)), 3: ((1, 3), (3, 1), (2, 2))}
 _T = TypeVar("_T")
 
 
@@ -181,7 +179,7 @@ def _groups(
     """One group, or with a relation two."""
     main = _first(lambda: _group(rng, counts), lambda found: _allowed(found, background, held_out))
     if relation is None:
-        return Scene(*size, background, main, None, None, _scatter(rng, main, _whole(size)), _tint(rng))
+        return Scene(*size, background, main, None, None, _together(rng, main, _whole(size)), _tint(rng))
     other = _first(
         lambda: _group(rng, counts),
         lambda found: (
@@ -189,7 +187,7 @@ def _groups(
         ),
     )
     here, there = _halves(relation, size)
-    places = _scatter(rng, main, here) + _scatter(rng, other, there)
+    places = _together(rng, main, here) + _together(rng, other, there)
     return Scene(*size, background, main, other, relation, places, _tint(rng))
 
 
@@ -206,7 +204,7 @@ def _word_scene(
         return Scene(*size, background, word, None, None, _put_word(rng, word, _whole(size)), _tint(rng))
     other = _first(lambda: _group(rng, (1,)), lambda found: _allowed(found, background))
     here, there = _halves(relation, size)
-    places = _put_word(rng, word, here) + _scatter(rng, other, there)
+    places = _put_word(rng, word, here) + _together(rng, other, there)
     return Scene(*size, background, word, other, relation, places, _tint(rng))
 
 
@@ -274,27 +272,41 @@ def _halves(relation: str, size: Size) -> tuple[Box, Box]:
     return (first, second) if relation in ("left of", "above") else (second, first)
 
 
-def _scatter(rng: random.Random, group: Group, box: Box) -> tuple[Place, ...]:
-    """Places of a group in its box: cells of a grid picked at random, each place somewhere in its cell."""
+def _together(rng: random.Random, group: Group, box: Box) -> tuple[Place, ...]:
+    """Places of a group side by side near the middle of its box."""
     left, top, right, bottom = box
-    width, height = right - left, bottom - top
-    room = max(min(width / columns, height / rows) for columns, rows in _GRIDS[group.count])
-    across = rng.choice([each for each in ACROSS[group.size] if each + _SPACING <= room])
-    cell = across + _SPACING
-    # The thousandth forgives rounding where the room is just enough.
-    columns, rows = int(width / cell + 1e-3), int(height / cell + 1e-3)
-    slack_x, slack_y = max(0.0, width / columns - cell) / 2, max(0.0, height / rows - cell) / 2
-    places = []
-    for index in rng.sample(range(columns * rows), group.count):
-        x = _on_grid(rng, left + (index % columns + 0.5) * width / columns, slack_x)
-        y = _on_grid(rng, top + (index // columns + 0.5) * height / rows, slack_y)
-        places.append(Place(x, y, across, _tint(rng)))
-    return tuple(places)
+    across, rows, spacing = _arrangement(group, right - left, bottom - top)
+    pitch = across + spacing
+    x = _near(rng, (left + right) / 2, right - left - max(rows) * pitch + spacing)
+    y = _near(rng, (top + bottom) / 2, bottom - top - len(rows) * pitch + spacing)
+    return tuple(
+        Place(
+            x + (index - (row - 1) / 2) * pitch, y + (down - (len(rows) - 1) / 2) * pitch, across, _tint(rng)
+        )
+        for down, row in enumerate(rows)
+        for index in range(row)
+    )
 
 
-def _on_grid(rng: random.Random, middle: float, slack: float) -> float:
-    """A coordinate at most ``slack`` from ``middle``: of the grid of cells, or where that has none there, of
-    the pixels."""
+def _arrangement(group: Group, width: float, height: float) -> tuple[float, tuple[int, ...], float]:
+    """How wide each of a group is, how many stand in each row, and the space between two: a line along the
+    longer side, else along the other, else in two rows; as large as fits."""
+    lines = [(group.count,), (1,) * group.count]
+    rows_in_turn = (lines if width >= height else lines[::-1]) + ([(2, 1)] if group.count == 3 else [])
+    return next(
+        (across, rows, spacing)
+        for rows in rows_in_turn
+        for across in reversed(ACROSS[group.size])
+        for spacing in (2 * CELL, CELL)
+        if max(rows) * (across + spacing) - spacing + _SPACING <= width
+        and len(rows) * (across + spacing) - spacing + _SPACING <= height
+    )
+
+
+def _near(rng: random.Random, middle: float, room: float) -> float:
+    """A coordinate at most a cell from ``middle`` where ``room`` is left: on the grid of cells, or where that
+    has none there, of the pixels."""
+    slack = min(float(CELL), (room - _SPACING) / 2)
     for step in (CELL, 1):
         first, last = math.ceil((middle - slack) / step), math.floor((middle + slack) / step)
         if first <= last:
@@ -312,8 +324,7 @@ def _put_word(rng: random.Random, word: Word, box: Box) -> tuple[Place, ...]:
     # Q and J reach a quarter of the cap height below the line.
     room = (bottom - top - _SPACING) / 1.5
     width = right - left + 2 * _MARGIN
-    cap = rng.choice([each for each in CAP_HEIGHTS if each <= room and _fits(word, each, width)])
-    slack_x = (right - left - _SPACING - line_width(word.text, word.font, cap)) / 2
-    x = _on_grid(rng, (left + right) / 2, slack_x)
-    y = _on_grid(rng, (top + bottom) / 2, (bottom - top - _SPACING - 1.5 * cap) / 2)
+    cap = max(each for each in CAP_HEIGHTS if each <= room and _fits(word, each, width))
+    x = _near(rng, (left + right) / 2, right - left - line_width(word.text, word.font, cap))
+    y = _near(rng, (top + bottom) / 2, bottom - top - 1.5 * cap)
     return (Place(x, y, cap, _tint(rng)),)
