@@ -61,7 +61,7 @@ class LensVAE(nn.Module):
     def decode(self, latents: Tensor, frugal_memory: bool = False) -> Tensor:
         """Pictures of packed latents, not clamped; calls ``on_strip`` often, which may raise.
 
-        ``frugal_memory``: in half of the memory, for two fifths more work.
+        ``frugal_memory``: in two thirds of the memory, for two fifths more work.
         """
         mean, deviation = self._statistics(latents)
         finest = frugal.finest if frugal_memory else None

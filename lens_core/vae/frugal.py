@@ -1,4 +1,4 @@
-"""The decoder's last enlarging and finest level in half of the memory, for two fifths more work.
+"""The decoder's last enlarging and finest level in two thirds of the memory, for two fifths more work.
 
 ``strips`` keeps an enlarged picture, and a hidden tensor beside its residual. Here they are made strip by
 strip whenever they are needed: once for the statistics of the norm that comes next, and again for each

@@ -69,7 +69,7 @@ class LensHostVAE(comfy.sd.VAE):
 
     def decode(self, samples_in: Tensor, vae_options: dict[str, Any] | None = None) -> Tensor:
         """As VAE's, but before a picture is decoded in tiles, whose colours differ from a whole one's, all
-        other models leave the GPU and it is tried again, in half of the memory if need be."""
+        other models leave the GPU and it is tried again, in two thirds of the memory if need be."""
 
         def again() -> Tensor:
             for attempt in (self._whole, self._whole_frugally):
@@ -92,8 +92,8 @@ class LensHostVAE(comfy.sd.VAE):
         )
 
     def decode_tiled(self, samples: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """In ComfyUI's nodes for tiles: the whole picture in half of the memory; in tiles only where there is
-        less than that."""
+        """In ComfyUI's nodes for tiles: the whole picture in two thirds of the memory; in tiles only where
+        there is less than that."""
         with contextlib.suppress(torch.OutOfMemoryError):
             return self._whole_frugally(samples)
         return super().decode_tiled(samples, *args, **kwargs)

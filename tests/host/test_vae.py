@@ -80,9 +80,9 @@ def test_tiles_are_the_whole_picture_in_less_memory(host, tiny, monkeypatch):
 
 
 def test_smaller_tiles_fit_together(host, tiny, monkeypatch):
-    """What comes where half of the memory is still too much. Each tile sees itself only (group norms, the
-    middle's attention), so tiles differ; but every part is in its place: the tiled picture follows the whole
-    one."""
+    """What comes where two thirds of the memory are still too much. Each tile sees itself only (group norms,
+    the middle's attention), so tiles differ; but every part is in its place: the tiled picture follows the
+    whole one."""
     latent = {"samples": random_latent(1, (24, 16))}
     (whole,) = host.run("VAEDecode", samples=latent, vae=tiny.vae)
     decode, sizes = tiny.vae.first_stage_model.decode, set()
