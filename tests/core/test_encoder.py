@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -19,10 +20,12 @@ from tests.compare import per_token_l2
 # fp32 (6e-8) over 24 layers of attention and experts, summed in another order than transformers does;
 # measured: median 1e-6, worst token 3e-6. The median is held to that, single tokens are not: where a
 # token's 4th and 5th router logits are nearly equal, either implementation may choose the other expert
-# and that token (and, a little, those that see it) is legitimately different.
+# and that token (and, a little, those that see it) is legitimately different. Of long prompts, in which
+# nearly all tokens may see such a one, those are taken whose logits are TIED nowhere: 20 times the error.
 MEDIAN = 5e-6
 OUTLIER = 1e-5
 OUTLIERS_ALLOWED = 0.01
+TIED = 2e-5
 
 
 @pytest.fixture
@@ -81,8 +84,16 @@ def reference(tiny_folder: Path) -> Callable[[Tensor], Tensor]:
     for layer in (5, 11, 17, 23):
         model.layers[layer].register_forward_hook(lambda module, args, out: captured.append(out))
 
+    def note(router: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
+        values = F.linear(args[0], router.weight, router.bias).topk(config.num_experts_per_tok + 1).values
+        features.gaps.append((values[..., -2] - values[..., -1]).min().item())
+
+    for layer in model.layers:
+        layer.mlp.router.register_forward_pre_hook(note)
+
     def features(ids: Tensor) -> Tensor:
         captured.clear()
+        features.gaps = []
         model(input_ids=ids, use_cache=False)
         return torch.stack(captured, dim=2)
 
@@ -207,8 +218,13 @@ def test_the_prefixs_keys_take_five_megabytes_at_full_size():
 
 def test_a_prompt_longer_than_one_block_of_queries(encoder: GptOssEncoder, reference: Callable):
     """512 queries at a time: the second block's keys begin with the first one's."""
-    ids = random_ids(encoder, 1100)
-    assert agrees(run(encoder, ids), reference(ids))
+    for _ in range(20):
+        ids = random_ids(encoder, 1100)
+        want = reference(ids)
+        if min(reference.gaps) > TIED:
+            break
+    assert min(reference.gaps) > TIED
+    assert per_token_l2(run(encoder, ids), want).max() < OUTLIER
 
 
 def test_the_pipelines_features_are_the_prompts_and_the_suffixs(tiny_folder: Path, encoder: GptOssEncoder):

@@ -51,7 +51,7 @@ def test_what_is_added_and_its_moments(shape, with_bias: bool, with_residual: bo
 @pytest.mark.parametrize("parts", [1, 3, 256])
 def test_moments_of_several_programs(parts: int, monkeypatch: pytest.MonkeyPatch):
     """The last one's share is smaller, and ends amid the pixels that are seen at once."""
-    monkeypatch.setattr(strip_launch, "_PARTS", parts)
+    monkeypatch.setattr(strip_launch, "PARTS", parts)
     x = cases.strip(128, 11, 37, torch.float32)
     moments = strip_launch.add_moments(x)
     assert len(moments) == (1, 3, 13)[(1, 3, 256).index(parts)]
@@ -65,7 +65,7 @@ def test_moments_of_several_programs(parts: int, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("parts", [1, 4])
 def test_small_variances_beside_large_means(parts: int, monkeypatch: pytest.MonkeyPatch):
     """1e4 and deviations near 1 in fp32: x^2 - mean^2 would lose the variance."""
-    monkeypatch.setattr(strip_launch, "_PARTS", parts)
+    monkeypatch.setattr(strip_launch, "PARTS", parts)
     x = cases.strip(128, 16, 33, torch.float32, mean=1e4)
     x[:, :, 8:] += 3
     exact = x.double()[0].flatten(1)
