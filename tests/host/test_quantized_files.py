@@ -116,8 +116,8 @@ def test_a_file_is_offered_and_draws_the_same_picture_twice(host, written, load,
 def test_the_velocity_is_lens_cores(load, written, layout):
     got, want = velocities(load(layout, "float32"), written(layout)[1], torch.float32)
     # Two fp32 implementations of the same products: 2.1e-7 measured, ten times that as for plain weights. Of
-    # turned inputs in 8 bits, which the last bit decides now and then, 9e-4.
-    assert relative_l2(got, want) < (5e-3 if "turned" in layout else 2e-6)
+    # inputs in 8 bits the last bit decides some now and then, other ones on another CPU: 3e-4, turned 9e-4.
+    assert relative_l2(got, want) < (5e-3 if "int8" in layout or "turned" in layout else 2e-6)
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +163,9 @@ READ_BY_COMFYUI = {
 
 
 @pytest.mark.parametrize("layout", READ_BY_COMFYUI)
-def test_our_sampler_draws_with_comfyuis_own_loader(host, written, load, draw, layout):
+def test_our_sampler_draws_with_comfyuis_own_loader(host, written, load, draw, layout, monkeypatch):
+    # comfy-kitchen's product of integers on a CPU. PyTorch's saturates where the CPU has no VNNI (2 % off).
+    monkeypatch.setattr(torch, "_int_mm", lambda a, b: (a.double() @ b.double()).int())
     model, *_ = host.run("UNETLoader", unet_name=written(layout)[0], weight_dtype="default")
     align_qk_eps(model.model.diffusion_model)
     # Without guidance: comfy-kitchen's integers have no product with the empty text of a blank negative.
