@@ -134,6 +134,7 @@ def decode_bytes(
             copy = 0 if fused or element_size >= 4 else 4
             between = width * ((5 * before + 5 * after) * element_size + copy * before) * (rows + 2)
             held = before * strip_rows(before, height // 2, width // 2) * width // 2 * element_size
+            # Three fp32 for each channel of a part.
             moments = 12 * PARTS * after * math.ceil(height / rows) if fused else 0
             worst = max(worst, int(kept) + between + held + moments)
         else:

@@ -277,8 +277,8 @@ def _together(rng: random.Random, group: Group, box: Box) -> tuple[Place, ...]:
     left, top, right, bottom = box
     across, rows, spacing = _arrangement(group, right - left, bottom - top)
     pitch = across + spacing
-    x = _near(rng, (left + right) / 2, right - left - max(rows) * pitch + spacing)
-    y = _near(rng, (top + bottom) / 2, bottom - top - len(rows) * pitch + spacing)
+    x = _near_middle(rng, left, right, max(rows) * pitch - spacing)
+    y = _near_middle(rng, top, bottom, len(rows) * pitch - spacing)
     return tuple(
         Place(
             x + (index - (row - 1) / 2) * pitch, y + (down - (len(rows) - 1) / 2) * pitch, across, _tint(rng)
@@ -303,10 +303,10 @@ def _arrangement(group: Group, width: float, height: float) -> tuple[float, tupl
     )
 
 
-def _near(rng: random.Random, middle: float, room: float) -> float:
-    """A coordinate at most a cell from ``middle`` where ``room`` is left: on the grid of cells, or where that
-    has none there, of the pixels."""
-    slack = min(float(CELL), (room - _SPACING) / 2)
+def _near_middle(rng: random.Random, low: float, high: float, length: float) -> float:
+    """The centre of something of a length, at most a cell from the middle between two sides: on the grid of
+    cells, or where that has none there, of the pixels."""
+    middle, slack = (low + high) / 2, min(float(CELL), (high - low - length - _SPACING) / 2)
     for step in (CELL, 1):
         first, last = math.ceil((middle - slack) / step), math.floor((middle + slack) / step)
         if first <= last:
@@ -325,6 +325,6 @@ def _put_word(rng: random.Random, word: Word, box: Box) -> tuple[Place, ...]:
     room = (bottom - top - _SPACING) / 1.5
     width = right - left + 2 * _MARGIN
     cap = max(each for each in CAP_HEIGHTS if each <= room and _fits(word, each, width))
-    x = _near(rng, (left + right) / 2, right - left - line_width(word.text, word.font, cap))
-    y = _near(rng, (top + bottom) / 2, bottom - top - 1.5 * cap)
+    x = _near_middle(rng, left, right, line_width(word.text, word.font, cap))
+    y = _near_middle(rng, top, bottom, 1.5 * cap)
     return (Place(x, y, cap, _tint(rng)),)

@@ -48,7 +48,7 @@ def dense(packed: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def main() -> None:
     """Read the flags and unpack."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="nano Lens: transformer, text_encoder, vae and tokenizer")
     parser.add_argument("--out", type=Path, required=True, help="the run's folder")
     args = parser.parse_args()
