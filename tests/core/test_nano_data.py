@@ -14,7 +14,7 @@ from scipy import ndimage
 from lens_core.sampling.resolution import BUCKETS
 from lens_core.vae import to_uint8
 from tools.nano.captions import caption, plain_caption
-from tools.nano.checker import UNCLEAR, Reading, agreement, judge, read, shares
+from tools.nano.checker import UNCLEAR, Reading, agreement, decided, judge, read, shares
 from tools.nano.glyphs import ADVANCE, FONTS
 from tools.nano.render import collate, render
 from tools.nano.scenes import (
@@ -70,6 +70,15 @@ def test_the_checker_reads_what_was_drawn():
     right = shares([agreement(scene, reading) for scene, reading in readings()])
     assert right.keys() == ALL
     assert min(right.values()) >= 0.99, right
+
+
+def test_the_checker_knows_a_picture_from_a_haze():
+    """Every picture that is learnt from is decided, but for a tint now and then."""
+    right = shares([decided(clean) for _, clean in drawn()[:108]])
+    assert right["background"] >= 0.97 and right["shape"] == 1
+    brown, red = (np.full((256, 256, 3), colour, np.uint8) for colour in ((150, 120, 95), COLOURS["red"]))
+    assert decided(brown) == {"background": False, "shape": False}
+    assert decided(red) == {"background": True, "shape": False}
 
 
 def test_the_checker_reads_soft_pictures():

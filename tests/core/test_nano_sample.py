@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,9 @@ from lens_core.pipeline import LensPipeline
 from lens_core.sampling import reference_noise, sigmas
 from lens_core.sampling.schedule import empirical_mu
 from tools.nano.captions import plain_caption
-from tools.nano.checker import judge
+from tools.nano.checker import decided, judge
 from tools.nano.sample import Parts, draw
-from tools.nano.scenes import sample_scene
+from tools.nano.scenes import Scene, sample_scene
 
 # Sizes apart in every way; the first twice, with prompts of other lengths.
 SIZES = ((208, 320), (176, 352), (208, 320))
@@ -48,9 +49,10 @@ def test_the_benchmark_compares_modes_and_mistakes(nano_models: Path):
         variants=["lens-turbo"],
         modes=["int8_weight_only"],
         batch=2,
+        only="",
         no_ablations=False,
     )
-    rows = nano.measure(args, lambda scenes, pictures: list(map(judge, scenes, pictures)))
+    rows = nano.measure(args, lambda scenes, pictures, told: list(map(judge, scenes, pictures)))
     found = [(row["mode"], row["cfg"], row["mistake"]) for row in rows]
     assert found == [
         *((mode, cfg, "") for mode in ("none", "int8_weight_only") for cfg in (2.0, 1.0)),
@@ -59,6 +61,34 @@ def test_the_benchmark_compares_modes_and_mistakes(nano_models: Path):
     ]
     assert all(0 <= value <= 1 for row in rows for value in row["right"].values())
     assert [len(nano.line(row)) for row in rows] == [4 + len(nano.KEYS)] * len(rows)
+
+
+def test_without_a_prompt_the_pictures_themselves_are_judged(nano_models: Path):
+    """Lens alone, in its steps and in Turbo's; no word reaches the denoiser."""
+    asked = []
+    args = Namespace(
+        device="cpu",
+        checkpoints=nano_models,
+        prompts=1,
+        variants=["lens"],
+        modes=[],
+        batch=1,
+        only=nano.NO_PROMPT,
+        no_ablations=False,
+    )
+
+    def judged(scenes: Sequence[Scene], pictures: Sequence[np.ndarray], told: bool) -> list[dict[str, bool]]:
+        asked.append(told)
+        return list(map(decided, pictures))
+
+    rows = nano.measure(args, judged)
+    assert asked == [False] * 4 and [row["steps"] for row in rows] == [20, 20, 4, 4]
+    assert [("mu 1.15" in row["mistake"], row["cfg"]) for row in rows] == [(False, 1.0), (True, 1.0)] * 2
+    assert all(set(row["right"]) == {"background", "shape"} for row in rows)
+    features = [torch.ones(3, 4, 64)]
+    assert all(
+        each.changes["features"][0].shape == (0, 4, 64) for each in nano.without_prompts("lens", features, 4)
+    )
 
 
 def test_the_wrong_schedule_is_the_right_one_but_for_its_shift():

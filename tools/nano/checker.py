@@ -32,6 +32,8 @@ _STEEP = 40.0
 _RARE = 0.2
 # A fade's ends are further apart than this.
 _FADES = 25.0
+# CIELAB from a palette's colour to a corner of the background that has it, slightly tinted.
+_TINTED = 10.0
 # Fewer pixels are a speck; a letter's thinnest is 290, a small triangle 500.
 _SPECK = 130
 # What a silhouette and its template have in common; in soft pictures small stars 0.83, letters mostly 0.87.
@@ -107,6 +109,16 @@ def read(picture: Picture) -> Reading:
 def judge(scene: Scene, picture: Picture) -> dict[str, bool]:
     """Whether a picture, bytes [H, W, 3], shows what a scene states: see ``agreement``."""
     return agreement(scene, read(picture))
+
+
+def decided(picture: Picture) -> dict[str, bool]:
+    """Whether a picture, bytes [H, W, 3], drawn without a prompt is like any of the pictures learnt from: a
+    ``background`` in the palette's colours, and a clear ``shape`` or word before it."""
+    ground, reading = _fitted_ground(picture.astype(numpy.float32)), read(picture)
+    corners = lab(ground[:: len(ground) - 1, :: ground.shape[1] - 1].reshape(4, 1, 3))
+    nearest = numpy.linalg.norm(corners - _palette(), axis=-1).min(axis=1)
+    clear = reading.line is not None or any(one.shape != UNCLEAR for one in reading.shapes)
+    return {"background": bool((nearest < _TINTED).all()), "shape": clear}
 
 
 def shares(judged: Sequence[dict[str, bool]]) -> dict[str, float]:

@@ -44,6 +44,7 @@ def plot(run: Path) -> Path:
                 [point["step"] for point in points], smoothed([point[part] for point in points]), label=part
             )
         axis.set(title=TITLES[name], xlabel="step", yscale="log")
+        axis.locator_params(axis="x", nbins=5)
         axis.legend()
         axis.grid(alpha=0.3)
     figure.tight_layout()

@@ -46,10 +46,10 @@ NUMBERS = tuple(str(number) for number in range(100))
 
 # (height, width): the nine aspect ratios at about 256 image tokens.
 SIZES: tuple[Size, ...] = tuple(BUCKETS[256].values())
-# Shapes and words stand on the grid of the VAE's cells, in pixels, and have few sizes: then a shape looks
-# alike wherever it is, and a small model need not learn it anew for every pixel that it is moved by.
-CELL = 8
-# Pixels across; a picture's token is two cells, so that even a small shape has a few.
+# Shapes and words begin where a token of the picture does, two of the VAE's cells, and have few sizes: then a
+# shape looks alike wherever it is, and a small model need not learn it anew for every pixel it is moved by.
+CELL, TOKEN = 8, 16
+# Pixels across: whole tokens.
 ACROSS = {"small": (48.0,), "large": (64.0, 80.0)}
 SMALL_BELOW = 56.0
 CAP_HEIGHTS = (40.0, 48.0, 56.0)
@@ -179,7 +179,8 @@ def _groups(
     """One group, or with a relation two."""
     main = _first(lambda: _group(rng, counts), lambda found: _allowed(found, background, held_out))
     if relation is None:
-        return Scene(*size, background, main, None, None, _together(rng, main, _whole(size)), _tint(rng))
+        places = _together(_apart(rng), main, _whole(size))
+        return Scene(*size, background, main, None, None, places, _tint(rng))
     other = _first(
         lambda: _group(rng, counts),
         lambda found: (
@@ -187,7 +188,7 @@ def _groups(
         ),
     )
     here, there = _halves(relation, size)
-    places = _together(rng, main, here) + _together(rng, other, there)
+    places = _together(_apart(rng), main, here) + _together(_apart(rng), other, there)
     return Scene(*size, background, main, other, relation, places, _tint(rng))
 
 
@@ -201,11 +202,17 @@ def _word_scene(
         lambda found: _allowed(found, background, held_out) and _fits(found, CAP_HEIGHTS[0], width),
     )
     if relation is None:
-        return Scene(*size, background, word, None, None, _put_word(rng, word, _whole(size)), _tint(rng))
+        places = _put_word(_apart(rng), word, _whole(size))
+        return Scene(*size, background, word, None, None, places, _tint(rng))
     other = _first(lambda: _group(rng, (1,)), lambda found: _allowed(found, background))
     here, there = _halves(relation, size)
-    places = _put_word(rng, word, here) + _together(rng, other, there)
+    places = _put_word(_apart(rng), word, here) + _together(_apart(rng), other, there)
     return Scene(*size, background, word, other, relation, places, _tint(rng))
+
+
+def _apart(rng: random.Random) -> random.Random:
+    """Chance of its own for places: what prompts say does not depend on how many numbers these take."""
+    return random.Random(rng.getrandbits(64))
 
 
 def _first(draw: Callable[[], _T], accept: Callable[[_T], bool]) -> _T:
@@ -277,12 +284,10 @@ def _together(rng: random.Random, group: Group, box: Box) -> tuple[Place, ...]:
     left, top, right, bottom = box
     across, rows, spacing = _arrangement(group, right - left, bottom - top)
     pitch = across + spacing
-    x = _near_middle(rng, left, right, max(rows) * pitch - spacing)
-    y = _near_middle(rng, top, bottom, len(rows) * pitch - spacing)
+    x = _begin(rng, left, right, max(rows) * pitch - spacing) + across / 2
+    y = _begin(rng, top, bottom, len(rows) * pitch - spacing) + across / 2
     return tuple(
-        Place(
-            x + (index - (row - 1) / 2) * pitch, y + (down - (len(rows) - 1) / 2) * pitch, across, _tint(rng)
-        )
+        Place(x + (index + (max(rows) - row) / 2) * pitch, y + down * pitch, across, _tint(rng))
         for down, row in enumerate(rows)
         for index in range(row)
     )
@@ -303,11 +308,12 @@ def _arrangement(group: Group, width: float, height: float) -> tuple[float, tupl
     )
 
 
-def _near_middle(rng: random.Random, low: float, high: float, length: float) -> float:
-    """The centre of something of a length, at most a cell from the middle between two sides: on the grid of
-    cells, or where that has none there, of the pixels."""
-    middle, slack = (low + high) / 2, min(float(CELL), (high - low - length - _SPACING) / 2)
-    for step in (CELL, 1):
+def _begin(rng: random.Random, low: float, high: float, length: float) -> float:
+    """Where something of a length begins: at most a cell from where it were in the middle between two sides,
+    on the grid of tokens; where that has none there, of cells, or of pixels."""
+    room = high - low - length
+    middle, slack = low + room / 2, min(float(CELL), (room - _SPACING) / 2)
+    for step in (TOKEN, CELL, 1):
         first, last = math.ceil((middle - slack) / step), math.floor((middle + slack) / step)
         if first <= last:
             return float(step * rng.randint(first, last))
@@ -325,6 +331,7 @@ def _put_word(rng: random.Random, word: Word, box: Box) -> tuple[Place, ...]:
     room = (bottom - top - _SPACING) / 1.5
     width = right - left + 2 * _MARGIN
     cap = max(each for each in CAP_HEIGHTS if each <= room and _fits(word, each, width))
-    x = _near_middle(rng, left, right, line_width(word.text, word.font, cap))
-    y = _near_middle(rng, top, bottom, 1.5 * cap)
+    length = line_width(word.text, word.font, cap)
+    x = _begin(rng, left, right, length) + length / 2
+    y = _begin(rng, top, bottom, 1.5 * cap) + 0.75 * cap
     return (Place(x, y, cap, _tint(rng)),)

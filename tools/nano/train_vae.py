@@ -18,7 +18,7 @@ from torch import Tensor
 from lens_core.vae import LensVAE
 from lens_core.vae.autoencoder import pack
 
-from .configs import VAE
+from .configs import LATENT_DEVIATION, VAE
 from .feed import Batch, batches
 from .render import collate, render
 from .scenes import SIZES, sample_scene
@@ -56,7 +56,8 @@ def losses(vae: LensVAE, images: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def set_statistics(vae: LensVAE, feed: Iterator[Batch], device: torch.device, count: int = 64) -> None:
-    """Mean and variance of every packed channel over ``count`` batches, into the batch norm."""
+    """Mean and variance of every packed channel over ``count`` batches, into the batch norm: normalised
+    latents have a deviation of ``LATENT_DEVIATION``."""
     rows = []
     for _ in range(count):
         images = pictures(next(feed), device).to(vae.model.dtype)
@@ -64,7 +65,7 @@ def set_statistics(vae: LensVAE, feed: Iterator[Batch], device: torch.device, co
         rows.append(packed.transpose(0, 1).flatten(1).float())
     variance, mean = torch.var_mean(torch.cat(rows, dim=1), dim=1)
     vae.model.bn.running_mean.copy_(mean)
-    vae.model.bn.running_var.copy_(variance)
+    vae.model.bn.running_var.copy_(variance / LATENT_DEVIATION**2)
 
 
 @torch.no_grad()
