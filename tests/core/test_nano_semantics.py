@@ -90,8 +90,8 @@ def assert_as_measured(judged: Judged, table: dict[str, float]) -> None:
 
 
 def test_latents_are_as_large_as_the_denoiser_learnt_them():
-    """Of ninety pictures, ten of each size. The batch norm's statistics are of the first run's pictures, fuller
-    than these, whose latents are a little smaller."""
+    """Of ninety pictures, ten of each size. The batch norm's statistics are of the first run's, which were
+    fuller and had larger latents."""
     rendered = [
         render(collate([scene]), scene.height, scene.width) for scene in nano.held_out(10 * len(SIZES))
     ]
