@@ -146,7 +146,8 @@ def test_the_wrong_schedule_is_noticed(mu: float):
 def test_a_constant_shift_is_noticed_where_all_is_left_to_noise():
     """Prompts tell so much that mu 1.15 costs a point at most. Without one, in 4 steps, Lens draws something
     clear in 47 % of the pictures, with mu 1.15 in 9 %; the bound is what three standard deviations leave."""
-    scenes, untold = nano.held_out(45), nano.without_prompts("lens", features("lens-turbo"), 4)
+    told = features("lens-turbo")
+    scenes, untold = nano.held_out(len(told)), nano.without_prompts("lens", told, 4)
     own, wrong = (
         shares([decided(picture.numpy()) for picture in draw(parts("lens"), scenes, 4, 1.0, **row.changes)])
         for row in untold

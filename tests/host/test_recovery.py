@@ -80,7 +80,7 @@ def test_always_is_one_error_and_the_next_works(stages, short, management, monke
     assert message.startswith("CUDA out of memory") and "\n" not in message
     assert all(words in message for words in WORDS[stage]), message
     assert SIZES.search(message) or stage == "load vae", message
-    # Decoding is tried whole, then whole with all else unloaded, then in two thirds of it, then in tiles.
+    # Decoding is tried whole, then with all else unloaded, then in two thirds of the memory, then in tiles.
     assert shortage.calls == (4 if stage == "decode" else 2)
     assert not shortage.leaked
     assert not management.loaded_models()

@@ -179,8 +179,7 @@ def _groups(
     """One group, or with a relation two."""
     main = _first(lambda: _group(rng, counts), lambda found: _allowed(found, background, held_out))
     if relation is None:
-        places = _together(_apart(rng), main, _whole(size))
-        return Scene(*size, background, main, None, None, places, _tint(rng))
+        return Scene(*size, background, main, None, None, _together(rng, main, _whole(size)), _tint(rng))
     other = _first(
         lambda: _group(rng, counts),
         lambda found: (
@@ -188,7 +187,7 @@ def _groups(
         ),
     )
     here, there = _halves(relation, size)
-    places = _together(_apart(rng), main, here) + _together(_apart(rng), other, there)
+    places = _together(rng, main, here) + _together(rng, other, there)
     return Scene(*size, background, main, other, relation, places, _tint(rng))
 
 
@@ -202,11 +201,10 @@ def _word_scene(
         lambda found: _allowed(found, background, held_out) and _fits(found, CAP_HEIGHTS[0], width),
     )
     if relation is None:
-        places = _put_word(_apart(rng), word, _whole(size))
-        return Scene(*size, background, word, None, None, places, _tint(rng))
+        return Scene(*size, background, word, None, None, _put_word(rng, word, _whole(size)), _tint(rng))
     other = _first(lambda: _group(rng, (1,)), lambda found: _allowed(found, background))
     here, there = _halves(relation, size)
-    places = _put_word(_apart(rng), word, here) + _together(_apart(rng), other, there)
+    places = _put_word(rng, word, here) + _together(rng, other, there)
     return Scene(*size, background, word, other, relation, places, _tint(rng))
 
 
@@ -281,6 +279,7 @@ def _halves(relation: str, size: Size) -> tuple[Box, Box]:
 
 def _together(rng: random.Random, group: Group, box: Box) -> tuple[Place, ...]:
     """Places of a group side by side near the middle of its box."""
+    rng = _apart(rng)
     left, top, right, bottom = box
     across, rows, spacing = _arrangement(group, right - left, bottom - top)
     pitch = across + spacing
@@ -326,6 +325,7 @@ def _fits(word: Word, cap: float, width: float) -> bool:
 
 def _put_word(rng: random.Random, word: Word, box: Box) -> tuple[Place, ...]:
     """A word's place in its box."""
+    rng = _apart(rng)
     left, top, right, bottom = box
     # Q and J reach a quarter of the cap height below the line.
     room = (bottom - top - _SPACING) / 1.5
